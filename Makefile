@@ -1,0 +1,94 @@
+# `make` alone lists the targets. Everything is installed into .venv; nothing outside the checkout changes.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check fmt smoke bench goldens
+
+PYTHON ?= python3
+VENV := .venv
+SMOKE_VENV := .venv-smoke
+BIN := $(VENV)/bin
+ALL_EXTRAS := test,dev
+MODEL ?=
+ARGS ?=
+
+# $(call pip_install,VENV,WHAT): large downloads are shown as they start; all else goes to VENV/pip.log.
+define pip_install
+	@echo "Installing $(2) into $(1)"
+	@$(1)/bin/python -m pip install --progress-bar off --log $(1)/pip.log -e '$(2)' 2>&1 \
+	    | awk '/Downloading .*\([0-9.]+ [MG]B\)/ { print "  downloading", $$2, $$3, $$4; fflush() } \
+	           /^Installing collected packages/ { print "  installing", NF - 3, "packages"; fflush() } \
+	           /^ERROR|error:/ { print; fflush() }' \
+	    || { echo "pip failed; all it said is in $(1)/pip.log" >&2; exit 1; }
+endef
+
+help:
+	@echo "make quickstart   the whole loop on a small model and real complaints, in about 10 minutes"
+	@echo "                  (MODEL=Qwen/Qwen2.5-0.5B-Instruct takes a model from the Hugging Face hub instead)"
+	@echo "make setup        .venv with everything for working on the code"
+	@echo "make test         all tests; ARGS='-k losses' picks some"
+	@echo "make check        style, layers, types"
+	@echo "make fmt          formats the code and mends what can be mended"
+	@echo "make smoke        the loop on a tiny model, on Python 3.12 with the newest jax"
+	@echo "make bench        the benchmarks, scripts/bench_*.py"
+	@echo "make goldens      writes the golden values that tests compare with anew"
+	@echo "PYTHON=python3.12 names another Python (3.11 or newer) for .venv."
+
+# --- set-up: a stamp file per set of dependencies, so that each is installed once per change of pyproject.toml ---
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "drift-jax needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	    echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
+	$(call pip_install,$(VENV),.[demo])
+	@touch $@
+
+$(VENV)/.installed-all: pyproject.toml | $(BIN)/python
+	$(call pip_install,$(VENV),.[$(ALL_EXTRAS)])
+	@touch $@ $(VENV)/.installed-demo
+
+$(SMOKE_VENV)/.installed: pyproject.toml
+	@python=$$(bash scripts/find_python312.sh) && "$$python" -m venv $(SMOKE_VENV)
+	$(call pip_install,$(SMOKE_VENV),.)
+	@touch $@
+
+setup: $(VENV)/.installed-all
+	@echo "Ready: source $(BIN)/activate, then drift --help"
+
+# --- what people type ---
+
+quickstart: $(VENV)/.installed-demo
+ifeq ($(MODEL),)
+	@$(BIN)/python scripts/get_demo_model.py
+	@$(BIN)/drift run configs/quickstart.yaml $(ARGS)
+else
+	@$(BIN)/drift run configs/quickstart.yaml --set model.path=$(MODEL) \
+	    --run-dir runs/quickstart-$(notdir $(MODEL)) $(ARGS)
+endif
+
+test: $(VENV)/.installed-all
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-all
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+fmt: $(VENV)/.installed-all
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+smoke: $(SMOKE_VENV)/.installed
+	@$(SMOKE_VENV)/bin/drift doctor
+	@run=$$(mktemp -d) && trap 'rm -rf "$$run"' EXIT && \
+	    $(SMOKE_VENV)/bin/drift run configs/debug.yaml --run-dir "$$run/debug"
+
+bench: $(VENV)/.installed-all
+	@for script in scripts/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+
+goldens: $(VENV)/.installed-all
+	@$(BIN)/python scripts/make_goldens.py $(ARGS)
