@@ -1,0 +1,304 @@
+"""The configuration of a run: frozen dataclasses, read from YAML, with `a.b=c` overrides.
+
+One key has one meaning; its unit stands in its comment. An unknown key, a wrong type or an impossible value
+is a `ConfigError` that names every offending key at once. The set of keys is a contract with users: a test
+freezes it, and a change needs a line in CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from drift_jax.errors import ConfigError
+
+_FORBID_EXTRA = ConfigDict(extra="forbid")
+
+DType = Literal["float32", "bfloat16"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy that the run starts from."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    path: str  # a Hugging Face model directory, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct
+    revision: str | None = None  # branch, tag or commit when `path` is a hub id
+    compute_dtype: DType = "bfloat16"  # activations and matmuls; master weights are always float32
+    remat: Literal["none", "dots", "layer"] = "layer"  # what the backward pass computes again
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which records, and how they become tokens."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    dsat: str = ""  # JSONL of DSAT records
+    seed_train: str | None = None  # JSONL of seed pairs (DSAT -> SAT); null: the run has no seed stage
+    seed_test: str | None = None  # JSONL of held-out seed pairs
+    test_rows: NonNegativeInt = 100  # the first rows of `dsat` are held out, unshuffled (recipe of the authors)
+    max_rows: PositiveInt | None = None  # use at most this many training rows of `dsat`; null: all
+    max_length: PositiveInt = 2048  # tokens of prompt + completion
+    max_prompt_length: PositiveInt = 1024  # tokens; a longer prompt keeps its END
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """The loop over iterations."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    iterations: NonNegativeInt = 2  # K
+    reference: Literal["previous", "initial"] = "previous"  # previous: policy_{k-1}; initial: `model.path`
+    seed_epochs: PositiveInt = 3  # epochs over the seed pairs; an iteration takes `train.epochs`
+    showcase_prompts: tuple[str, ...] = ()  # answered greedily before and after, shown at the end
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the chosen responses are sampled from the current policy."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    engine: Literal["local"] = "local"  # local: the JAX sampler in this process
+    style: Literal["chat", "paper", "unguided"] = "chat"
+    temperature: NonNegativeFloat = 0.7  # 0 is greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    top_k: NonNegativeInt = 0  # 0: off
+    n: PositiveInt = 1  # completions per prompt; the first usable one becomes the chosen response
+    max_new_tokens: PositiveInt = 512
+    max_input_length: PositiveInt = 2048  # tokens; a longer sampling prompt keeps its END
+    batch_size: PositiveInt = 16  # rows decoded together
+    compute_dtype: DType = "bfloat16"
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One DPO stage. The defaults are those of the published DRIFT configs."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    beta: PositiveFloat = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    rpo_alpha: NonNegativeFloat = 0.001  # weight of the NLL of the chosen responses
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None  # stop after this many updates; null: by `epochs`
+    batch_size: PositiveInt = 32  # pairs per update, over all devices and accumulation steps
+    accumulation_steps: PositiveInt = 1  # micro-batches that make one update
+    eval_batch_size: PositiveInt | None = None  # pairs per forward without gradient; null: the micro-batch
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    learning_rate: PositiveFloat = 5e-7
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Share = 0.1  # share of all updates; rounded up
+    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0  # not applied to biases and norms
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    rmsprop_decay: Share = 0.99
+    rmsprop_epsilon: PositiveFloat = 1e-8
+    seed: int = 42  # order of the pairs
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1: whatever is left."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Orbax checkpoints inside a training stage."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    every_steps: PositiveInt = 100  # updates between saves; the last update is always saved
+    keep: PositiveInt = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The Hugging Face directory a stage leaves behind."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_shard_gib: PositiveFloat = 4.0  # GiB per safetensors file
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    log_every: PositiveInt = 1  # updates between lines of metrics.jsonl
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    project: str = "drift_jax"  # W&B project
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `drift run` needs."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats follow YAML 1.2: PyYAML reads `5e-7` as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `a.b=c` overrides, whose right side is YAML too.
+
+    Raises:
+      ConfigError: the file is missing or not YAML, or a key is unknown, of the wrong type or impossible.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {path}. Examples are in configs/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, found {type(raw).__name__}.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return build_config(raw, source=str(path))
+
+
+def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
+    """Plain values -> validated `RunConfig`.
+
+    Raises:
+      ConfigError: naming every offending key at once.
+    """
+    try:
+        # JSON mode: strict types (no "2048" for 2048) while mappings still become dataclasses.
+        config = TypeAdapter(RunConfig).validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n" + "\n".join(_describe(raw, e) for e in error.errors())) from None
+    check_config(config)
+    return config
+
+
+def check_config(config: RunConfig) -> None:
+    """Checks what spans several keys. Raises `ConfigError` with both numbers and the remedy."""
+    problems = []
+    data, train, mesh = config.data, config.train, config.mesh
+    if data.max_prompt_length >= data.max_length:
+        problems.append(
+            f"data.max_prompt_length ({data.max_prompt_length}) must be below data.max_length "
+            f"({data.max_length}): no token would be left for a completion. Lower the first or raise the second."
+        )
+    if train.batch_size % train.accumulation_steps:
+        problems.append(
+            f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation_steps "
+            f"({train.accumulation_steps})."
+        )
+    sizes = dataclasses.asdict(mesh)
+    if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        problems.append(f"mesh sizes must be positive and at most one of them -1, found {sizes}.")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The whole resolved config, every key written out; `load_config` reads it back."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+
+
+def config_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every leaf key, dotted, in the order of declaration."""
+    keys: list[str] = []
+    for f in dataclasses.fields(cls):
+        section = _SECTIONS.get(f.name) if not prefix else None
+        keys += config_keys(section, f"{f.name}.") if section else [prefix + f.name]
+    return keys
+
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "recipe": RecipeConfig,
+    "sampling": SamplingConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+    "checkpoint": CheckpointConfig,
+    "export": ExportConfig,
+    "tracking": TrackingConfig,
+}
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"--set takes KEY=VALUE such as train.beta=0.2, found {override!r}.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from None
+    *sections, leaf = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {section!r} is not a section of the config.")
+    node[leaf] = value
+
+
+def _describe(raw: dict[str, Any], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument" or error["type"] == "extra_forbidden":
+        close = _closest(key)
+        return f"  {key}: unknown key." + (f" Did you mean {close}?" if close else "")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"  {key}: this key is required."
+    return f"  {key}: {error['msg']}, found {error['input']!r}."
+
+
+def _closest(key: str) -> str | None:
+    import difflib
+
+    matches = difflib.get_close_matches(key, config_keys(), n=1, cutoff=0.6)
+    return matches[0] if matches else None

@@ -1,0 +1,50 @@
+"""Errors that a user can act on.
+
+Everything the user can cause (a bad row, a bad key, a bad file) is a `DriftError`. The command line prints
+its message without a traceback and leaves with exit code 2. Anything else is a bug of ours and shows a
+traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DriftError(Exception):
+    """The invariant that does not hold, the values seen, and what to do about it, in one message."""
+
+
+class ConfigError(DriftError):
+    """A configuration key is unknown, has the wrong type, or its value is impossible."""
+
+
+class ModelError(DriftError):
+    """A model directory cannot be read, or holds something this package does not compute."""
+
+
+class DataError(DriftError):
+    """Input data cannot be used."""
+
+
+class StageError(DriftError):
+    """A stage of a run cannot start or cannot finish (changed key, full disk, missing input)."""
+
+
+class BadRowsError(DataError):
+    """Rows of a JSONL file that break the format, collected over the whole file and reported together."""
+
+    SHOWN = 20
+
+    def __init__(self, path: str, problems: Sequence[tuple[int, str]], total_rows: int) -> None:
+        self.path = path
+        self.problems = tuple(problems)
+        self.total_rows = total_rows
+        shown = [f"  {path}:{line}: {why}" for line, why in self.problems[: self.SHOWN]]
+        hidden = len(self.problems) - len(shown)
+        if hidden > 0:
+            shown.append(f"  ... and {hidden} more")
+        super().__init__(
+            f"{len({line for line, _ in self.problems})} of {total_rows} rows in {path} cannot be used:\n"
+            + "\n".join(shown)
+            + "\nMend these rows, or pass --on-bad-row skip to go on without them (they are counted)."
+        )

@@ -1,0 +1,434 @@
+"""Typed records, and the JSONL files that hold them.
+
+A DSAT record (a logged reply that a user was unhappy with) has no `chosen`: nothing can train on it before a
+chosen response is sampled. A pair has both. On disk both have the shape of the published DRIFT data and of
+TRL's conversational preference data, so files go to and from TRL unchanged:
+
+    DSAT   {"id", "prompt": [{"role", "content"}, ...], "rejected": [{"role": "assistant", "content"}],
+            "user_preference": {"role": "user", "content"}, ...}
+    pair   {"prompt": [...], "chosen": [{"role": "assistant", "content"}], "rejected": [...],
+            "meta": {...}, ...}
+
+Rows are validated while they are read, one line at a time; all rows that break the format are collected and
+reported together, each with its line. Files are written under a temporary name, then renamed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Generic, Literal, TypeVar
+
+from drift_jax.errors import BadRowsError, DataError, StageError
+
+Row = dict[str, Any]
+OnBadRow = Literal["error", "skip"]
+RecordT = TypeVar("RecordT")
+
+ROLES = ("system", "user", "assistant")
+_LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
+_DSAT_KEYS = ("prompt", "rejected", "user_preference")
+_PAIR_KEYS = ("prompt", "chosen", "rejected")
+_ABSENT = object()  # a missing key, which is reported once for the whole row
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class DsatRecord:
+    """A dialogue that ends with a user turn, the logged reply, and what the user then complained about."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    rejected: str
+    user_preference: str
+    extra: Row = field(default_factory=dict)  # the row's other top-level keys (source, licence, ...)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dialogue that ends with a user turn, and two replies to it."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    meta: Row = field(default_factory=dict)  # where the chosen response comes from: sampler, token ids, ...
+    extra: Row = field(default_factory=dict)  # top-level keys that are not ours, written back as they came
+
+
+@dataclass(frozen=True)
+class Rows(Generic[RecordT]):
+    """What was read: the records in the order of the file, and the rows left out as (line, reason)."""
+
+    records: tuple[RecordT, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+def read_dsat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[DsatRecord]:
+    """Reads DSAT records.
+
+    A row without `id` is identified by a hash of its content, the same in every run.
+
+    Args:
+      path: a JSONL file, UTF-8; blank lines are passed over.
+      on_bad_row: `skip` leaves bad rows out and returns them with their reasons.
+
+    Raises:
+      BadRowsError: rows break the format (all of them, with lines), or `skip` would leave nothing.
+      DataError: the file is missing, empty, unreadable, a git-LFS pointer or a JSON array.
+    """
+    return _read(Path(path), on_bad_row, _dsat_problems, _dsat_from_row)
+
+
+def read_pairs(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[Pair]:
+    """Reads pairs. Their id is `meta.id`, else a top-level `id`, else a hash of the content.
+
+    Arguments and errors as in `read_dsat`.
+    """
+    return _read(Path(path), on_bad_row, _pair_problems, _pair_from_row)
+
+
+def dsat_to_row(record: DsatRecord) -> Row:
+    """The row that `read_dsat` reads back as the same record."""
+    row: Row = {
+        "prompt": messages_to_rows(record.prompt),
+        "rejected": [{"role": "assistant", "content": record.rejected}],
+        "user_preference": {"role": "user", "content": record.user_preference},
+    }
+    identity = {} if record.id == _content_id(row, _DSAT_KEYS) else {"id": record.id}
+    return {**identity, **row, **record.extra}
+
+
+def pair_to_row(pair: Pair) -> Row:
+    """The row that `read_pairs` reads back as the same pair; `meta` gets the id if nothing else holds it."""
+    row: Row = {
+        "prompt": messages_to_rows(pair.prompt),
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+    }
+    meta = dict(pair.meta)
+    if pair.id != _pair_id({**row, **pair.extra, "meta": meta}):
+        meta = {**meta, "id": pair.id}
+    return {**row, **({"meta": meta} if meta else {}), **pair.extra}
+
+
+def messages_to_rows(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Messages as the plain dictionaries of JSON files and chat templates."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """A file that appears under `path` complete or not at all; text mode is UTF-8 with LF line ends.
+
+    The temporary file lies in the same directory and is removed when the block raises.
+
+    Raises:
+      StageError: the operating system refuses (full disk, missing directory, ...); names path and reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise StageError(
+            f"cannot write {path}: {error.strerror or error}. Nothing was left half-written; "
+            "free space or mend the path, then run again."
+        ) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically. Raises `StageError` as `atomic_writer` does."""
+    with atomic_writer(path) as file:
+        for row in rows:
+            file.write(_to_json(path, row) + "\n")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes one JSON value, indented, atomically. Raises `StageError` as `atomic_writer` does."""
+    with atomic_writer(path) as file:
+        file.write(_to_json(path, value, indent=2) + "\n")
+
+
+def _to_json(path: str | Path, value: Any, indent: int | None = None) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+        text.encode("utf-8")
+    except ValueError as error:  # NaN, infinity, a lone surrogate: other readers would refuse the file
+        raise StageError(f"cannot write {path}: JSON cannot hold this value: {error}") from error
+    return text
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync_directory(path: Path) -> None:
+    # Makes the rename itself survive a power cut; some file systems do not offer it, which is no error.
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read(
+    path: Path,
+    on_bad_row: OnBadRow,
+    find_problems: Callable[[Row], list[str]],
+    from_row: Callable[[Row], Any],
+) -> Rows[Any]:
+    records: list[Any] = []
+    bad: list[tuple[int, str]] = []
+    line_of_id: dict[str, int] = {}
+    total = 0
+    for line, raw in _lines(path):
+        total += 1
+        row, problems = _parse(raw)
+        if row is not None:
+            problems = find_problems(row) + _encoding_problems(row)
+        if problems or row is None:
+            bad += [(line, why) for why in problems]
+            continue
+        record = from_row(row)
+        first = line_of_id.setdefault(record.id, line)
+        if first == line:
+            records.append(record)
+        else:
+            bad.append((line, f"id {record.id!r} is already the id of line {first}; ids must be unique"))
+    if not total:
+        raise DataError(f"{path} is empty: at least one row is needed.")
+    if bad and (on_bad_row == "error" or not records):
+        raise BadRowsError(str(path), bad, total)
+    return Rows(tuple(records), tuple(bad))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of every line that is not blank."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # some editors put a byte order mark first
+                    _refuse_other_files(path, line)
+                if line.strip():
+                    yield number, line
+    except IsADirectoryError:
+        raise DataError(f"{path} is a directory: a JSONL file is needed.") from None
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: a JSONL file is needed.") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def _refuse_other_files(path: Path, first_line: bytes) -> None:
+    if first_line.startswith(_LFS_HEADER):
+        raise DataError(
+            f"{path} is a git-LFS pointer, not the data: run `git lfs pull` in its repository and try again."
+        )
+    if first_line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{path} holds a JSON array: one object a line is needed. Convert it with "
+            f"`jq -c '.[]' {path} > {path.with_suffix('.jsonl').name}`."
+        )
+
+
+def _parse(raw: bytes) -> tuple[Row | None, list[str]]:
+    try:
+        row = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        return None, [f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}"]
+    except json.JSONDecodeError as error:
+        return None, [f"not JSON: {error.msg} at column {error.colno}"]
+    except ValueError as error:
+        return None, [f"not JSON: {error}"]
+    except RecursionError:
+        return None, ["not JSON that can be read: nested too deeply"]
+    if not isinstance(row, dict):
+        return None, [f"a row must be a JSON object, found {_kind(row)}"]
+    return row, []
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _encoding_problems(row: Row) -> list[str]:
+    problems = []
+    for key, value in row.items():
+        try:
+            (key + json.dumps(value, ensure_ascii=False)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            problems.append(f"{key!a} holds U+{code:04X}, half of a surrogate pair: no UTF-8 text can")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------- validation
+
+
+def _dsat_problems(row: Row) -> list[str]:
+    return (
+        _missing(row, _DSAT_KEYS)
+        + _prompt_problems(row.get("prompt", _ABSENT))
+        + _reply_problems(row.get("rejected", _ABSENT), "rejected")
+        + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
+        + _id_problems(row, "id")
+    )
+
+
+def _pair_problems(row: Row) -> list[str]:
+    meta = row.get("meta", {})
+    return (
+        _missing(row, _PAIR_KEYS)
+        + _prompt_problems(row.get("prompt", _ABSENT))
+        + _reply_problems(row.get("chosen", _ABSENT), "chosen")
+        + _reply_problems(row.get("rejected", _ABSENT), "rejected")
+        + _id_problems(row, "id")
+        + (
+            _id_problems(meta, "id", "meta.")
+            if isinstance(meta, dict)
+            else [f"meta must be an object, found {_kind(meta)}"]
+        )
+    )
+
+
+def _missing(row: Row, keys: tuple[str, ...]) -> list[str]:
+    absent = [key for key in keys if key not in row]
+    if not absent:
+        return []
+    return [f"missing {', '.join(absent)}; a row needs {', '.join(keys)}, found {', '.join(row) or 'none'}"]
+
+
+def _prompt_problems(prompt: Any) -> list[str]:
+    """A prompt is an optional system message, then user and assistant in turn, from user to user."""
+    if prompt is _ABSENT:
+        return []
+    if not isinstance(prompt, list):
+        return [f"prompt must be a list of messages, found {_kind(prompt)}"]
+    if not prompt:
+        return ["prompt is an empty list; it must end with a user message"]
+    problems = [why for i, item in enumerate(prompt) for why in _message_problems(item, f"prompt[{i}]")]
+    if problems:
+        return problems
+    roles = [item["role"] for item in prompt]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+    if turns != expected or len(turns) % 2 == 0:
+        problems.append(
+            "prompt roles must be an optional system, then user and assistant in turn, ending with user; "
+            f"found {', '.join(roles)}"
+        )
+    return problems
+
+
+def _reply_problems(reply: Any, key: str) -> list[str]:
+    if reply is _ABSENT:
+        return []
+    if not isinstance(reply, list) or len(reply) != 1:
+        found = f"a list of {len(reply)}" if isinstance(reply, list) else _kind(reply)
+        return [f"{key} must be a list of one assistant message, found {found}"]
+    return _message_problems(reply[0], f"{key}[0]", "assistant")
+
+
+def _message_problems(message: Any, where: str, role: str | None = None) -> list[str]:
+    if message is _ABSENT:
+        return []
+    if not isinstance(message, dict):
+        return [f"{where} must be an object with role and content, found {_kind(message)}"]
+    problems = []
+    unknown = sorted(set(message) - {"role", "content"})
+    if unknown:
+        problems.append(f"{where} may hold role and content only, found also {', '.join(unknown)}")
+    allowed = (role,) if role else ROLES
+    if message.get("role") not in allowed:
+        problems.append(f"{where}.role must be {' or '.join(allowed)}, found {message.get('role')!r}")
+    content = message.get("content")
+    if not isinstance(content, str):
+        problems.append(f"{where}.content must be a string, found {_kind(content)}")
+    elif not content.strip():
+        problems.append(f"{where}.content is empty")
+    return problems
+
+
+def _id_problems(row: Row, key: str, prefix: str = "") -> list[str]:
+    value = row.get(key, "row")
+    if (isinstance(value, str) and value.strip()) or type(value) is int:
+        return []
+    return [f"{prefix}{key} must be a string that is not empty, found {value!r}"]
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return {**names, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+
+
+# ------------------------------------------------------------------------------------------- conversion
+
+
+def _dsat_from_row(row: Row) -> DsatRecord:
+    return DsatRecord(
+        id=str(row["id"]) if "id" in row else _content_id(row, _DSAT_KEYS),
+        prompt=_messages(row["prompt"]),
+        rejected=row["rejected"][0]["content"],
+        user_preference=row["user_preference"]["content"],
+        extra={key: value for key, value in row.items() if key not in ("id", *_DSAT_KEYS)},
+    )
+
+
+def _pair_from_row(row: Row) -> Pair:
+    return Pair(
+        id=_pair_id(row),
+        prompt=_messages(row["prompt"]),
+        chosen=row["chosen"][0]["content"],
+        rejected=row["rejected"][0]["content"],
+        meta=dict(row.get("meta", {})),
+        extra={key: value for key, value in row.items() if key not in ("meta", *_PAIR_KEYS)},
+    )
+
+
+def _pair_id(row: Row) -> str:
+    for holder in (row.get("meta", {}), row):
+        if "id" in holder:
+            return str(holder["id"])
+    return _content_id(row, _PAIR_KEYS)
+
+
+def _messages(rows: list[dict[str, str]]) -> tuple[Message, ...]:
+    return tuple(Message(row["role"], row["content"]) for row in rows)
+
+
+def _content_id(row: Row, keys: tuple[str, ...]) -> str:
+    content = json.dumps([row[key] for key in keys], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode("ascii")).hexdigest()[:16]

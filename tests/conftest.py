@@ -1,0 +1,38 @@
+"""Set-up of every test: fake devices, shapes checked at run time, and the demo model for those who ask."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from beartype import BeartypeConf, beartype
+from filelock import FileLock
+from jaxtyping import install_import_hook
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Eight devices, for every mesh of up to eight; an array without a sharding stays on the first one.
+jax.config.update("jax_num_cpu_devices", 8)
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+
+# Every signature of drift_jax is checked on every call; so this comes before drift_jax is imported.
+# beartype, because typeguard 4 reads the shape in Float[Array, "B T"] as Python source and fails on it.
+# An int may stand where a float is asked for, as PEP 484 has it.
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+install_import_hook("drift_jax", "tests.conftest.checked")
+
+
+@pytest.fixture(scope="session")
+def demo_model_dir() -> Path:
+    """The converted demo model: in DRIFT_DEMO_MODEL or `.cache/demo_model`, fetched when it is not there."""
+    out = Path(os.environ.get("DRIFT_DEMO_MODEL", REPO / ".cache" / "demo_model"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.with_name(out.name + ".lock")):  # pytest-xdist: one process fetches, the others wait
+        script = REPO / "scripts" / "get_demo_model.py"
+        subprocess.run([sys.executable, str(script), "--out", str(out)], check=True, cwd=REPO)
+    return out
