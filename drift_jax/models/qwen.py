@@ -1,0 +1,327 @@
+"""Qwen2, Qwen2.5 and Qwen3 (dense) in Flax NNX.
+
+Every parameter is declared once, with its logical dims and its Hugging Face name and layout: abstract value,
+sharding, initialisation, import and export derive from that line. The parameters of all layers are stacked on a
+leading `layers` dim and scanned, so compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from drift_jax.models.architecture import QwenConfig
+from drift_jax.models.attention import attend
+from drift_jax.sharding import Dims, build_sharding, constrain
+
+# How a dim of a Hugging Face tensor is made of ours: nn.Linear stores [out, in], with heads and head_dim merged.
+HfDims = tuple[tuple[str, ...], ...]
+
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda f: f,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "layer": jax.checkpoint,
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers; S slots per sequence."""
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+
+
+def init_cache(config: QwenConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _weight(
+    rngs: nnx.Rngs, dims: Dims, shape: tuple[int, ...], hf_name: str, hf_dims: HfDims, std: float | None
+) -> nnx.Param:
+    """Declares a parameter. `std` None means ones (a norm's scale)."""
+    value = jnp.ones(shape) if std is None else std * jax.random.normal(rngs.params(), shape)
+    return nnx.Param(value, dims=dims, hf_name=hf_name, hf_dims=hf_dims)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * x32.astype(x.dtype)
+
+
+class Rope(NamedTuple):
+    """Rotary tables, the same for every layer and head."""
+
+    cos: Float[Array, "B T H"]
+    sin: Float[Array, "B T H"]
+
+
+def build_rope(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Rope:
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return Rope(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
+    """Rotary position embedding on the two halves of H (the layout of transformers, not the interleaved one)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = (table[:, :, None].astype(x.dtype) for table in rope)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+@final
+class Attention(nnx.Module):
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs) -> None:
+        c, layers = config, config.layers
+        self.eps = c.norm_eps
+        for name, dim, count in (
+            ("q", "heads", c.heads),
+            ("k", "kv_heads", c.kv_heads),
+            ("v", "kv_heads", c.kv_heads),
+        ):
+            hf = f"model.layers.{{}}.self_attn.{name}_proj"
+            kernel = _weight(
+                rngs,
+                ("layers", "embed", dim, "head_dim"),
+                (layers, c.embed, count, c.head_dim),
+                f"{hf}.weight",
+                ((dim, "head_dim"), ("embed",)),
+                0.02,
+            )
+            setattr(self, name, kernel)
+            if c.qkv_bias:
+                dims = ("layers", dim, "head_dim")
+                shape = (layers, count, c.head_dim)
+                setattr(self, f"{name}_bias", _weight(rngs, dims, shape, f"{hf}.bias", ((dim, "head_dim"),), 0.02))
+            if c.qk_norm and name in "qk":
+                hf_norm = f"model.layers.{{}}.self_attn.{name}_norm.weight"
+                scale = _weight(rngs, ("layers", "head_dim"), (layers, c.head_dim), hf_norm, (("head_dim",),), None)
+                setattr(self, f"{name}_norm", scale)
+        self.o = _weight(
+            rngs,
+            ("layers", "heads", "head_dim", "embed"),
+            (layers, c.heads, c.head_dim, c.embed),
+            "model.layers.{}.self_attn.o_proj.weight",
+            (("embed",), ("heads", "head_dim")),
+            0.02,
+        )
+
+    def project(self, x: Float[Array, "B T D"], name: str, heads_dim: str) -> Float[Array, "B T N H"]:
+        """Queries, keys or values before the rotation, with whatever bias or norm this model has."""
+        y = jnp.einsum("btd,dnh->btnh", x, getattr(self, name)[...].astype(x.dtype))
+        bias = getattr(self, f"{name}_bias", None)
+        if bias is not None:
+            y = y + bias[...].astype(x.dtype)
+        norm = getattr(self, f"{name}_norm", None)
+        if norm is not None:
+            y = rms_norm(y, norm[...], self.eps)
+        return constrain(y, "batch", "length", heads_dim, "head_dim")
+
+    def project_all(
+        self, x: Float[Array, "B T D"], rope: Rope
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        query = rotate(self.project(x, "q", "heads"), rope)
+        key = rotate(self.project(x, "k", "kv_heads"), rope)
+        return query, key, self.project(x, "v", "kv_heads")
+
+    def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        return jnp.einsum("btnh,nhd->btd", mixed, self.o[...].astype(mixed.dtype))
+
+
+@final
+class Mlp(nnx.Module):
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs) -> None:
+        c, hf = config, "model.layers.{}.mlp"
+        into, out = ("layers", "embed", "mlp"), ("layers", "mlp", "embed")
+        shape = (c.layers, c.embed, c.mlp)
+        self.gate = _weight(rngs, into, shape, f"{hf}.gate_proj.weight", (("mlp",), ("embed",)), 0.02)
+        self.up = _weight(rngs, into, shape, f"{hf}.up_proj.weight", (("mlp",), ("embed",)), 0.02)
+        shape = (c.layers, c.mlp, c.embed)
+        self.down = _weight(rngs, out, shape, f"{hf}.down_proj.weight", (("embed",), ("mlp",)), 0.02)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
+        wide = jax.nn.silu(jnp.einsum("btd,df->btf", x, gate)) * jnp.einsum("btd,df->btf", x, up)
+        return jnp.einsum("btf,fd->btd", constrain(wide, "batch", "length", "mlp"), down)
+
+
+@final
+class Block(nnx.Module):
+    """One decoder layer; as a member of `Qwen` its parameters hold all layers, stacked."""
+
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs) -> None:
+        self.eps = config.norm_eps
+        hf, dims, shape = "model.layers.{}", ("layers", "embed"), (config.layers, config.embed)
+        self.attention_norm = _weight(rngs, dims, shape, f"{hf}.input_layernorm.weight", (("embed",),), None)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = _weight(rngs, dims, shape, f"{hf}.post_attention_layernorm.weight", (("embed",),), None)
+        self.mlp = Mlp(config, rngs)
+
+    def finish(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        x = x + self.attention.output(mixed)
+        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+        return constrain(x, "batch", "length", None)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: Rope
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        query, key, value = self.attention.project_all(rms_norm(x, self.attention_norm[...], self.eps), rope)
+        return self.finish(x, attend(query, key, value)), (key, value)
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        rope: Rope,
+        cache: KVCache,
+        layer: Int[Array, ""],
+        slot: Int[Array, ""],
+        mask: Bool[Array, "B 1 S"],
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        query, key, value = self.attention.project_all(rms_norm(x, self.attention_norm[...], self.eps), rope)
+        at = (layer, jnp.zeros_like(layer), slot, jnp.zeros_like(layer), jnp.zeros_like(layer))
+        cache = KVCache(
+            jax.lax.dynamic_update_slice(cache.keys, key[None], at),
+            jax.lax.dynamic_update_slice(cache.values, value[None], at),
+        )
+        keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+        values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+        return self.finish(x, attend(query, keys, values, mask)), cache
+
+
+@final
+class Qwen(nnx.Module):
+    """The language model. `dtype` is that of activations and matmuls; parameters keep their own."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        self.config = config
+        self.dtype = dtype
+        table = (config.vocab_size, config.embed)
+        hf_dims = (("vocab",), ("embed",))
+        self.embed = _weight(rngs, ("vocab", "embed"), table, "model.embed_tokens.weight", hf_dims, 0.02)
+        self.blocks = Block(config, rngs)
+        self.norm = _weight(rngs, ("embed",), (config.embed,), "model.norm.weight", (("embed",),), None)
+        if not config.tied:
+            self.head = _weight(rngs, ("vocab", "embed"), table, "lm_head.weight", hf_dims, 0.02)
+
+    @property
+    def output_table(self) -> Float[Array, "V D"]:
+        return (self.embed if self.config.tied else self.head)[...]
+
+    def hidden(
+        self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], remat: str = "none"
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states of right-padded rows (causal attention), after the last norm."""
+        rope = build_rope(positions, self.config.head_dim, self.config.rope_theta)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graphdef, weights)(x, rope)[0], None
+
+        x, _ = jax.lax.scan(REMAT[remat](layer), self._embed(ids), stacked)
+        return rms_norm(x, self.norm[...], self.config.norm_eps)
+
+    def prefill(self, ids: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of right-padded prompts, and a cache of `slots` >= T slots that holds them in slots 0..T-1."""
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        rope = build_rope(positions, self.config.head_dim, self.config.rope_theta)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, weights: nnx.State) -> tuple[Array, tuple[Array, Array]]:
+            return nnx.merge(graphdef, weights)(x, rope)
+
+        x, (keys, values) = jax.lax.scan(layer, self._embed(ids), stacked)
+        pad = ((0, 0), (0, 0), (0, slots - ids.shape[1]), (0, 0), (0, 0))
+        cache = KVCache(jnp.pad(keys, pad), jnp.pad(values, pad))
+        return rms_norm(x, self.norm[...], self.config.norm_eps), cache
+
+    def decode(
+        self,
+        ids: Int[Array, "B"],
+        positions: Int[Array, "B"],
+        cache: KVCache,
+        slot: Int[Array, ""],
+        mask: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B D"], KVCache]:
+        """One token per row: writes cache slot `slot` and attends to the slots that `mask` allows (its own included)."""
+        rope = build_rope(positions[:, None], self.config.head_dim, self.config.rope_theta)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(carry: tuple[Array, KVCache], xs: tuple[nnx.State, Array]) -> tuple[tuple[Array, KVCache], None]:
+            weights, index = xs
+            x, new_cache = nnx.merge(graphdef, weights).decode(*carry[:1], rope, carry[1], index, slot, mask[:, None])
+            return (x, new_cache), None
+
+        start = (self._embed(ids[:, None]), cache)
+        (x, cache), _ = jax.lax.scan(layer, start, (stacked, jnp.arange(self.config.layers)))
+        return rms_norm(x[:, 0], self.norm[...], self.config.norm_eps), cache
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits. For training use `token_logps`: this one holds all of them."""
+        table = self.output_table.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return constrain(self.embed[...].astype(self.dtype)[ids], "batch", "length", None)
+
+
+class Declared(NamedTuple):
+    """A parameter as declared: everything that placement, import and export need."""
+
+    shape: tuple[int, ...]
+    dims: Dims
+    hf_name: str
+    hf_dims: HfDims
+
+
+def declare_qwen(config: QwenConfig, dtype: DTypeLike = jnp.float32) -> tuple[Any, dict[str, Any]]:
+    """(graphdef, nested dict of `Declared`): the model without any memory behind it.
+
+    `nnx.merge(graphdef, params)` with a dict of arrays of the same structure is a working model that computes in
+    `dtype`.
+    """
+    model = nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graphdef, state = nnx.split(model)
+    declared = jax.tree.map(
+        lambda p: Declared(tuple(p.shape), p.dims, p.hf_name, p.hf_dims),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return graphdef, nnx.to_pure_dict(declared)
+
+
+def param_shardings(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The placement of every parameter. Raises `ConfigError` for a mesh that does not divide a dim."""
+    return jax.tree.map(
+        lambda p: build_sharding(mesh, p.dims, p.shape, name=p.hf_name),
+        declared,
+        is_leaf=lambda leaf: isinstance(leaf, Declared),
+    )
+
+
+def abstract_params(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Float32 parameters as `jax.ShapeDtypeStruct`s with their placement: what a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding),
+        declared,
+        param_shardings(declared, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, Declared),
+    )
+
+
+def init_params(config: QwenConfig, seed: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Random float32 parameters, made where they will live."""
+    _, declared = declare_qwen(config)
+
+    def make() -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.state(Qwen(config, rngs=nnx.Rngs(seed))))
+
+    return jax.jit(make, out_shardings=param_shardings(declared, mesh))()

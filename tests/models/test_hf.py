@@ -1,0 +1,196 @@
+"""Hugging Face directories in and out: bit-identical, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from drift_jax.config import MeshConfig
+from drift_jax.errors import ConfigError, ModelError, StageError
+from drift_jax.models.hf import load_params, load_qwen_config, resolve_model, save_hf
+from drift_jax.sharding import build_mesh
+from tests.full_disk import full_disk  # noqa: F401
+from tests.tiny_models import build_tiny_model
+
+
+def single_mesh() -> jax.sharding.Mesh:
+    return build_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def read_all(model_dir: Path) -> dict[str, np.ndarray]:
+    return {k: v for path in sorted(model_dir.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def recast(model_dir: Path, dtype: str) -> None:
+    """Rewrites the weights of a directory as `dtype`."""
+    tensors = {k: v.astype(np.dtype(dtype)) for k, v in read_all(model_dir).items()}
+    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(model_dir: Path, **changes: object) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture()
+def model_dir(tmp_path: Path) -> Path:
+    return build_tiny_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind,tied", [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_bit_identical(tmp_path: Path, kind: str, tied: bool, dtype: str) -> None:
+    source = build_tiny_model(tmp_path / "source", kind, tied)
+    recast(source, dtype)
+    save_hf(load_params(source, single_mesh()), source, tmp_path / "out", dtype)
+    before, after = read_all(source), read_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype == np.dtype(dtype)
+        assert before[name].tobytes() == after[name].tobytes(), name
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_round_trip_over_a_mesh_and_many_shards(
+    model_dir: Path, tmp_path: Path, sizes: tuple[int, int, int]
+) -> None:
+    mesh = build_mesh(MeshConfig(*sizes))
+    save_hf(load_params(model_dir, mesh), model_dir, tmp_path / "out", "float32", max_shard_gib=1e-4)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    before, after = read_all(model_dir), read_all(tmp_path / "out")
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+    # And the sharded index can be read back, by us and by transformers.
+    again = load_params(tmp_path / "out", mesh)
+    np.testing.assert_array_equal(again["embed"], before["model.embed_tokens.weight"])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_device_holds_only_its_part(model_dir: Path) -> None:
+    params = load_params(model_dir, build_mesh(MeshConfig(1, 4, 2)))
+    q = params["blocks"]["attention"]["q"]
+    assert q.addressable_shards[0].data.shape == (3, 64 // 4, 4 // 2, 16)
+
+
+def test_missing_and_left_over_tensors_are_named(model_dir: Path) -> None:
+    tensors = read_all(model_dir)
+    tensors["model.layers.7.extra.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, model_dir / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        load_params(model_dir, single_mesh())
+    assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
+    assert "model.layers.7.extra.weight" in str(caught.value)
+
+
+def test_a_wrong_shape_is_named(model_dir: Path) -> None:
+    edit_config(model_dir, intermediate_size=128)
+    with pytest.raises(
+        ModelError, match=r"up_proj.weight has shape \(96, 64\), config.json means \(128, 64\)"
+    ):
+        load_params(model_dir, single_mesh())
+
+
+def test_a_truncated_file_is_refused(model_dir: Path) -> None:
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"model.safetensors is not a whole safetensors file"):
+        load_params(model_dir, single_mesh())
+
+
+def test_pickles_are_refused(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin: pickles can run code"):
+        load_params(model_dir, single_mesh())
+
+
+def test_a_missing_shard_is_named(model_dir: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ModelError, match=r"model-00002-of-00002.safetensors is named by the index file but missing"
+    ):
+        load_params(model_dir, single_mesh())
+
+
+def test_a_differing_tied_head_is_refused(tmp_path: Path) -> None:
+    source = build_tiny_model(tmp_path / "m", tied=True)
+    tensors = read_all(source)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, source / "model.safetensors")
+    load_params(source, single_mesh())
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ModelError, match="lm_head.weight differs"):
+        load_params(source, single_mesh())
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "architecture 'llama'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window = true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+    ],
+)
+def test_what_we_do_not_compute_is_refused_by_name(model_dir: Path, changes: dict, words: str) -> None:
+    edit_config(model_dir, **changes)
+    with pytest.raises(ModelError, match=words):
+        load_qwen_config(model_dir)
+
+
+def test_a_transformers_4_config_means_the_same(model_dir: Path) -> None:
+    expected = load_qwen_config(model_dir)
+    config = json.loads((model_dir / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    (model_dir / "config.json").write_text(
+        json.dumps(config | {"rope_theta": rope["rope_theta"], "rope_scaling": None})
+    )
+    assert load_qwen_config(model_dir) == expected
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model directory at"):
+        resolve_model(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no config.json"):
+        load_qwen_config(tmp_path / "empty")
+
+
+def test_an_indivisible_mesh_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    source = build_tiny_model(tmp_path / "m", hidden_size=60, num_attention_heads=4)
+    with pytest.raises(ConfigError, match="size 60 cannot be split 8 ways"):
+        load_params(source, build_mesh(MeshConfig(1, 8, 1)))
+
+
+def test_kv_heads_fewer_than_the_tensor_axis_are_replicated(tmp_path: Path) -> None:
+    source = build_tiny_model(tmp_path / "m", num_attention_heads=8, num_key_value_heads=2)
+    params = load_params(source, build_mesh(MeshConfig(1, 2, 4)))
+    assert params["blocks"]["attention"]["k"].addressable_shards[0].data.shape[2] == 2
+
+
+def test_a_full_disk_leaves_nothing(model_dir: Path, tmp_path: Path, full_disk: Path) -> None:
+    params = load_params(model_dir, single_mesh())
+    with pytest.raises(StageError, match="No space left on device.*Nothing was left behind"):
+        save_hf(params, model_dir, full_disk / "out", "float32")
+    assert list(full_disk.iterdir()) == []
+
+
+def test_an_old_directory_is_replaced_whole(model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(model_dir, out)
+    (out / "stale.txt").write_text("x")
+    save_hf(load_params(model_dir, single_mesh()), model_dir, out, "bfloat16")
+    assert not (out / "stale.txt").exists()
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
