@@ -1,0 +1,130 @@
+"""Tokenised pairs -> batches on the mesh.
+
+The order of pairs is a function of (seed, epoch) and a batch a function of the step: the loader has no state that
+a checkpoint would have to hold besides the step number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from drift_jax.data.pairs import TokenizedPair
+from drift_jax.sharding import build_sharding
+
+# Rows are padded to one of few lengths, so that few programs are compiled.
+_SHORTEST_BUCKET = 128
+_BUCKET_MULTIPLE = 64
+
+
+class PairBatch(NamedTuple):
+    """One update's pairs in the plain layout: a row is prompt + completion, padded on the right.
+
+    A is the number of micro-batches (accumulation steps), B the pairs of a micro-batch, side 0 chosen and 1
+    rejected. Padding is known by position, never by id: the pad id may be a real token.
+    """
+
+    ids: Int[Array, "A B 2 T"]
+    completion_mask: Bool[Array, "A B 2 T"]  # ids[..., t] belongs to the completion (its end token included)
+    real: Bool[Array, "A B"]  # False for pairs that only fill the last batch of an epoch
+    ref_logps: Float[Array, "A B 2"]  # nats, summed over the completion; zeros before the reference pass
+
+
+_DIMS = PairBatch(
+    ids=(None, "batch", "pair", "length"),
+    completion_mask=(None, "batch", "pair", "length"),
+    real=(None, "batch"),
+    ref_logps=(None, "batch", "pair"),
+)
+
+
+def put_batch(batch: PairBatch, mesh: Mesh) -> PairBatch:
+    """Host arrays -> device arrays, split over the mesh along the pairs."""
+    return PairBatch(
+        *(
+            jax.device_put(array, build_sharding(mesh, dims, array.shape, name="batch"))
+            for array, dims in zip(batch, _DIMS, strict=True)
+        )
+    )
+
+
+def length_buckets(max_length: int) -> tuple[int, ...]:
+    """The row lengths in use, ascending: max_length, its half, its quarter, ... down to 128 tokens."""
+    buckets, size = [], max_length
+    while not buckets or size >= _SHORTEST_BUCKET:
+        buckets.append(-(-size // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE)
+        size //= 2
+    return tuple(sorted(set(buckets)))
+
+
+def epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
+    """The permutation of an epoch, the same on every machine."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
+
+
+@dataclass(frozen=True)
+class PairLoader:
+    """Batches of a fixed number of pairs over tokenised pairs."""
+
+    pairs: Sequence[TokenizedPair]
+    ref_logps: Float[np.ndarray, "N 2"]
+    batch_size: int
+    accumulation_steps: int
+    max_length: int
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.pairs) // self.batch_size)
+
+    def shuffled(self, step: int) -> PairBatch:
+        """The batch of an update; `step` counts from 0 over all epochs. The last of an epoch may be part padding."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.pairs), self.seed, epoch)
+        return self._build(order[position * self.batch_size :][: self.batch_size])
+
+    def by_length(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
+        """All pairs once, longest first, each batch with the positions of its pairs in `pairs`.
+
+        For passes without gradient, where the order does not matter: neighbours of like length need little padding,
+        and a batch that does not fit in memory fails at once.
+        """
+        order = np.argsort([-longest_row(pair) for pair in self.pairs], kind="stable")
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            yield rows, self._build(rows)
+
+    def _build(self, rows: Int[np.ndarray, "R"]) -> PairBatch:
+        chosen = [self.pairs[row] for row in rows]
+        longest = max(map(longest_row, chosen))
+        length = next(bucket for bucket in length_buckets(self.max_length) if bucket >= longest)
+        ids = np.zeros((self.batch_size, 2, length), np.int32)
+        mask = np.zeros((self.batch_size, 2, length), bool)
+        for i, pair in enumerate(chosen):
+            start = len(pair.prompt_ids)
+            for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
+                ids[i, side, :start] = pair.prompt_ids
+                ids[i, side, start : start + len(completion)] = completion
+                mask[i, side, start : start + len(completion)] = True
+        ref_logps = np.zeros((self.batch_size, 2), np.float32)
+        ref_logps[: len(rows)] = self.ref_logps[rows]
+        real = np.arange(self.batch_size) < len(rows)
+        micro = (self.accumulation_steps, self.batch_size // self.accumulation_steps)
+        return PairBatch(*(a.reshape(micro + a.shape[1:]) for a in (ids, mask, real, ref_logps)))
+
+
+def longest_row(pair: TokenizedPair) -> int:
+    """Tokens of the longer side of a pair."""
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def count_tokens(batch: PairBatch) -> int:
+    """Real tokens of a host batch: prompts and completions of real pairs, both sides."""
+    last = batch.ids.shape[-1] - np.argmax(np.asarray(batch.completion_mask)[..., ::-1], axis=-1)
+    return int((last * np.asarray(batch.real)[..., None]).sum())
