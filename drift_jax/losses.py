@@ -1,0 +1,210 @@
+"""Preference maths: from per-token log-probabilities to the DPO loss, its NLL term and TRL's metrics.
+
+Pure functions of arrays; no model, no I/O. Axis `2` is the pair side: 0 chosen, 1 rejected. `T` are predicted
+positions, already shifted: `token_logps[b, s, t]` is the log-probability of the token at `mask[b, s, t]`.
+Log-probabilities are natural logarithms (nats), summed in float32 or wider.
+
+How accumulation stays exact: no function here averages over the batch it is given. `count_weights` gives
+every pair and every chosen token of the *global* batch a weight, `normalise_weights` turns the weights into
+shares that sum to 1, and a micro-batch contributes the plain sum over its slice of the shares. Sums of
+micro-batches are then the loss, the gradient and the metrics of the whole batch, however it was cut. A
+padding pair has weight 0.
+
+Where this departs from the DRIFT training stack (arXiv 2510.02341; TRL 0.10 to 0.12) and from later TRL:
+ 1. The NLL is by default the mean over the chosen tokens of the global batch. TRL averages inside one
+    device's micro-batch and then over devices and accumulation steps; `group_token_mean` does that.
+ 2. TRL averages the means of micro-batches, so pairs of a short last one weigh more there. Here every pair
+    weighs the same.
+ 3. The tokens of the NLL are chosen by mask. TRL 0.12 to 0.28 also skip tokens whose id is 0; a caller who
+    wants that passes such a mask to `count_weights`.
+ 4. `label_smoothing` acts on the sigmoid loss as in TRL before 1.0; TRL 1.x ignores it there.
+ 5. The margin is (chosen - ref) - (rejected - ref); TRL 0.12 computes (chosen - rejected) - (ref - ref).
+    The value is the same; near the reference the differences used here are exact in float32.
+ 6. `nll_loss` is always reported. TRL reports it only with `rpo_alpha` set and dropped it in 0.29.
+ 7. Metrics are means over all pairs of the global batch. TRL before 0.14 logs one device's means.
+ 8. `logits/chosen` and `logits/rejected` are not reported: they need all logits in memory at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+PairMask = Bool[Array, "B 2 T"] | Float[Array, "B 2 T"]  # nonzero: a completion token
+TokenMask = Bool[Array, "B T"] | Float[Array, "B T"]  # nonzero: a chosen token that the NLL counts
+
+
+class LossWeights(NamedTuple):
+    """What each pair and each chosen token counts for. As shares, both sum to 1 over the global batch."""
+
+    pairs: Float[Array, " B"]
+    nll: Float[Array, "B T"]
+
+
+class LossTotals(NamedTuple):
+    """Sums of `LossWeights`; totals of several batches add up."""
+
+    pairs: Float[Array, ""]
+    nll: Float[Array, ""]
+
+
+def global_token_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"]) -> Float[Array, "B T"]:
+    """Every chosen token of the global batch counts the same."""
+    return jnp.where(nll_mask.astype(bool), pair_weights[:, None], 0.0)
+
+
+def sequence_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"]) -> Float[Array, "B T"]:
+    """The mean over a chosen response's tokens, then over the responses that have any (as in OpenRLHF)."""
+    counted = nll_mask.astype(bool)
+    tokens = jnp.sum(counted, axis=1, keepdims=True)
+    return jnp.where(counted, pair_weights[:, None] / jnp.maximum(tokens, 1), 0.0)
+
+
+def group_token_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"], group: int = 4) -> Float[Array, "B T"]:
+    """The token mean over `group` consecutive pairs, then the mean over the groups that have any token.
+
+    This is TRL's mean of means: `group` is the number of pairs in one device's micro-batch, 4 in DRIFT.
+    """
+    tokens = global_token_mean(nll_mask, pair_weights)
+    groups = jnp.arange(tokens.shape[0]) // group
+    same_group = groups[:, None] == groups[None, :]
+    # Masked sum: a scatter leaves the sharding open, a matmul rounds counts to bfloat16 on TPU.
+    in_group = jnp.sum(jnp.where(same_group, jnp.sum(tokens, axis=1)[None, :], 0.0), axis=1, keepdims=True)
+    return _divide(tokens, in_group)
+
+
+NllReduction = Callable[[TokenMask, Float[Array, " B"]], Float[Array, "B T"]]
+
+NLL_REDUCTIONS: dict[str, NllReduction] = {
+    "global_token_mean": global_token_mean,
+    "group_token_mean": group_token_mean,
+    "sequence_mean": sequence_mean,
+}
+
+
+def count_weights(
+    nll_mask: TokenMask,
+    pair_weights: Float[Array, " B"],
+    nll_reduction: NllReduction = global_token_mean,
+) -> LossWeights:
+    """Weights of the pairs and of the chosen tokens of one global batch, not yet divided by their totals.
+
+    Args:
+      nll_mask: the chosen side's mask; narrower than `mask[:, 0]` where the NLL should skip tokens.
+      pair_weights: 1 for a pair, 0 for padding.
+      nll_reduction: how token losses become one number; sees whole groups only if given the global batch.
+    """
+    pair_weights = _at_least_float32(pair_weights)
+    return LossWeights(pairs=pair_weights, nll=nll_reduction(nll_mask, pair_weights))
+
+
+def sum_weights(weights: LossWeights) -> LossTotals:
+    """The totals of one batch. An evaluation adds those of all its batches before it normalises."""
+    return LossTotals(pairs=jnp.sum(weights.pairs), nll=jnp.sum(weights.nll))
+
+
+def normalise_weights(weights: LossWeights, totals: LossTotals | None = None) -> LossWeights:
+    """Weights -> shares of `totals` (by default their own sum). A total of 0 gives shares of 0, not NaN."""
+    totals = sum_weights(weights) if totals is None else totals
+    return LossWeights(pairs=_divide(weights.pairs, totals.pairs), nll=_divide(weights.nll, totals.nll))
+
+
+def sum_logps(token_logps: Float[Array, "B 2 T"], mask: PairMask) -> Float[Array, "B 2"]:
+    """Log-probability of each completion, in nats: the sum over its tokens."""
+    return jnp.sum(_masked(token_logps, mask), axis=-1)
+
+
+def chosen_nll_sum(token_logps: Float[Array, "B 2 T"], mask: PairMask) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Per pair: the chosen response's negative log-likelihood in nats, and its number of tokens."""
+    nll = -jnp.sum(_masked(token_logps[:, 0], mask[:, 0]), axis=-1)
+    return nll, jnp.sum(mask[:, 0].astype(bool), axis=-1).astype(nll.dtype)
+
+
+def weighted_nll(token_logps: Float[Array, "B 2 T"], nll_weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """This batch's part of the NLL: the weighted sum over the chosen tokens, in nats."""
+    return -jnp.sum(nll_weights * _masked(token_logps[:, 0], nll_weights))
+
+
+def implicit_rewards(logps: Float[Array, "B 2"], ref_logps: Float[Array, "B 2"], beta: float) -> Float[Array, "B 2"]:
+    """beta * log(policy / reference) of each completion (DPO, arXiv 2305.18290, section 5.1)."""
+    return beta * (_at_least_float32(logps) - _at_least_float32(ref_logps))
+
+
+def dpo_losses(
+    logps: Float[Array, "B 2"], ref_logps: Float[Array, "B 2"], beta: float, label_smoothing: float = 0.0
+) -> Float[Array, " B"]:
+    """Sigmoid DPO loss of each pair (DPO, equation 7), with conservative label smoothing as in TRL.
+
+    -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin), where the margin is the difference of the
+    implicit rewards. It is ln 2 where policy and reference agree, for every eps.
+    """
+    rewards = implicit_rewards(logps, ref_logps, beta)
+    margins = rewards[:, 0] - rewards[:, 1]
+    preferred, flipped = -jax.nn.log_sigmoid(margins), -jax.nn.log_sigmoid(-margins)
+    return (1 - label_smoothing) * preferred + label_smoothing * flipped
+
+
+def preference_loss(
+    token_logps: Float[Array, "B 2 T"],
+    mask: PairMask,
+    ref_logps: Float[Array, "B 2"],
+    shares: LossWeights,
+    *,
+    beta: float,
+    label_smoothing: float,
+    rpo_alpha: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """This batch's part of the loss `DPO + rpo_alpha * NLL`, and of each metric under TRL's name.
+
+    Both add up over micro-batches when `shares` are slices of the normalised weights of the global batch.
+
+    Args:
+      shares: from `normalise_weights`. A pair of share 0 is padding: whatever its other values are, NaN
+        included, it changes neither the loss nor a gradient.
+
+    Returns:
+      The loss, in nats, and the metrics: `loss` (with the NLL term), `rewards/*`, `logps/*`, `nll_loss`.
+    """
+    # Padding is replaced before anything is computed: 0 * NaN is NaN, in the value and in the gradient.
+    real = (shares.pairs > 0)[:, None]
+    logps = sum_logps(token_logps, real[:, :, None] & mask.astype(bool))
+    ref_logps = jnp.where(real, ref_logps, 0.0)
+    dpo = jnp.sum(shares.pairs * dpo_losses(logps, ref_logps, beta, label_smoothing))
+    nll = weighted_nll(token_logps, shares.nll)
+    loss = dpo + rpo_alpha * nll
+    metrics = {"loss": loss, "nll_loss": nll} | preference_metrics(logps, ref_logps, shares.pairs, beta)
+    return loss, metrics
+
+
+def preference_metrics(
+    logps: Float[Array, "B 2"], ref_logps: Float[Array, "B 2"], pair_shares: Float[Array, " B"], beta: float
+) -> dict[str, Float[Array, ""]]:
+    """Sums over the pairs, each times its share. Equal rewards do not count as accurate (as in TRL)."""
+    rewards = implicit_rewards(logps, ref_logps, beta)
+    chosen, rejected = rewards[:, 0], rewards[:, 1]
+    per_pair = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).astype(rewards.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+    }
+    return {name: jnp.sum(pair_shares * value) for name, value in per_pair.items()}
+
+
+def _masked(token_logps: Float[Array, "*dims"], mask: Array) -> Float[Array, "*dims"]:
+    """Values where the mask is nonzero, else 0: a masked -inf or NaN must not survive as `0 * NaN`."""
+    return jnp.where(mask.astype(bool), _at_least_float32(token_logps), 0.0)
+
+
+def _at_least_float32(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _divide(weights: Float[Array, "*dims"], total: Float[Array, "*wide"]) -> Float[Array, "*dims"]:
+    return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)

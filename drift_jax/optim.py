@@ -1,0 +1,249 @@
+"""Optimizers, learning-rate schedules and clipping that compute what torch and transformers compute.
+
+One update is `clip_by_global_norm`, then the transformation of `build_optimizer`, then `optax.apply_updates`.
+Clipping stands apart so that the norm is computed once and logged as `grad_norm`.
+
+Where optax is not torch, and what is done here:
+ 1. `optax.rmsprop` has decay 0.9 and adds epsilon inside the square root; torch 0.99, outside. After
+    clipping, squared gradients of a 7B model are near 1e-10, far below epsilon 1e-8: inside the root it
+    shrinks every step about ninefold. `optax.scale_by_rms` with `eps_in_sqrt=False` equals torch and is used.
+ 2. `optax.scale_by_adam` computes 1 - beta**k in float32, which for 0.999 at k = 1 is wrong by 1e-5 relative.
+    `_scale_by_adam` keeps the digits.
+ 3. `optax.clip_by_global_norm` scales by max_norm / norm; torch by min(1, max_norm / (norm + 1e-6)).
+ 4. `optax.linear_schedule` and `optax.cosine_decay_schedule` subtract almost equal numbers near the end; the
+    schedules here keep a relative error below 1e-6 at every step.
+ 5. torch's RMSprop adds weight decay to the gradient (L2); AdamW shrinks the weights. Both as in torch, but
+    torch's AdamW in float32 rounds the factor 1 - lr * decay, so that 1 - 5e-9 is 1. Here the decay joins
+    the update before the weight is rounded, which agrees with torch in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from drift_jax.config import TrainConfig
+from drift_jax.errors import ConfigError, DataError
+
+Params = PyTree  # of arrays, or of anything with a shape and a dtype
+Mask = PyTree | Callable[[Params], PyTree]  # of bools
+Decay = Callable[[Float[Array, ""]], Float[Array, ""]]
+
+
+def total_steps(num_pairs: int, batch_size: int, epochs: int | float, max_steps: int | None = None) -> int:
+    """Updates of a stage: `max_steps` if given, else ceil(epochs * ceil(num_pairs / batch_size)).
+
+    As in the Hugging Face Trainer, `max_steps` replaces `epochs`: a stage may end early or go on past them.
+
+    Raises:
+      DataError: there is no pair to train on.
+    """
+    if num_pairs < 1:
+        raise DataError(f"a training stage needs at least one pair, found {num_pairs}. Look at drops.json.")
+    return max_steps if max_steps is not None else math.ceil(epochs * math.ceil(num_pairs / batch_size))
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """ceil(warmup_ratio * total_steps), rounded as the Hugging Face Trainer does: 0.07 of 100 gives 8."""
+    return math.ceil(total_steps * config.warmup_ratio)
+
+
+def build_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Update index k (from 0) -> learning rate, equal to transformers' `get_*_schedule_with_warmup`.
+
+    During warm-up it is k / warmup_steps of the peak, so the first update has learning rate 0. `constant` has
+    a warm-up too.
+
+    Raises:
+      ConfigError: `total_steps` is below 1.
+    """
+    if total_steps < 1:
+        raise ConfigError(f"a learning-rate schedule needs at least 1 update, found {total_steps}.")
+    warmup = warmup_steps(config, total_steps)
+    decay = _DECAYS[config.schedule]
+
+    def schedule(count: Any) -> Float[Array, ""]:
+        step = jnp.asarray(count).astype(jnp.result_type(float))  # float32; float64 under enable_x64
+        length = max(1, total_steps - warmup)
+        # Integers below 2**24 are exact in float32, so this keeps all digits down to the last update.
+        left = (length - (step - warmup)) / length
+        factor = jnp.where(step < warmup, step / max(1, warmup), decay(left))
+        return config.learning_rate * factor
+
+    return schedule
+
+
+def build_optimizer(config: TrainConfig, total_steps: int, mask: Mask | None = None) -> optax.GradientTransformation:
+    """Clipped gradients -> updates for `optax.apply_updates`, step for step what torch's optimizer does.
+
+    Moments have the dtype of the parameters, which must be float32.
+
+    Args:
+      mask: the parameters that decay, as a pytree of bools or a function of the parameters; by default
+        `decay_mask`. Read only when `config.weight_decay` is above 0.
+
+    Raises:
+      ConfigError: a decay rate is 1, or (from `init`) a parameter is narrower than float32.
+    """
+    optimizer = optax.chain(
+        *_OPTIMIZERS[config.optimizer].build(config, decay_mask if mask is None else mask),
+        optax.scale_by_learning_rate(build_schedule(config, total_steps)),
+    )
+
+    def init(params: Params) -> optax.OptState:
+        _check_master_weights(params)
+        return optimizer.init(params)
+
+    return optax.GradientTransformation(init, optimizer.update)
+
+
+def decay_mask(params: Params) -> PyTree:
+    """True where weight decay applies: where the path has no "bias" and no "norm" (as in transformers)."""
+
+    def decays(path: Any, _: Any) -> bool:
+        name = jax.tree_util.keystr(path).lower()
+        return "bias" not in name and "norm" not in name
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def global_norm(grads: Params) -> Float[Array, ""]:
+    """Euclidean norm over all leaves, accumulated in float32 or wider."""
+    squares = [jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32)))) for g in jax.tree.leaves(grads)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Float[Array, ""]]:
+    """Scales the gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
+
+    Returns:
+      The scaled gradients and their norm before scaling. If the norm is not finite the gradients hold NaN, as
+      in torch: the caller must look at the norm.
+    """
+    norm = global_norm(grads)
+    coefficient = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * coefficient, grads), norm
+
+
+def describe_optimizer(config: TrainConfig, total_steps: int) -> str:
+    """The resolved optimizer in one paragraph, for people to read before a run."""
+    kind = _OPTIMIZERS[config.optimizer]
+    decay = f"{config.weight_decay:g}, {kind.coupling}" if config.weight_decay else "none"
+    updates = warmup_steps(config, total_steps)
+    warmup = f"linear from 0 over {updates} of {total_steps} updates" if updates else "no warm-up"
+    after = "constant" if config.schedule == "constant" else f"{config.schedule} to 0"
+    return (
+        f"{config.optimizer}: {kind.describe(config)}; weight decay {decay}; gradients clipped to global "
+        f"norm {config.max_grad_norm:g}; learning rate {config.learning_rate:g}, {warmup}, then {after}; "
+        "float32 weights and moments."
+    )
+
+
+def _linear(left: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.maximum(left, 0.0)
+
+
+def _cosine(left: Float[Array, ""]) -> Float[Array, ""]:
+    # 0.5 (1 + cos(pi (1 - left))) without the cancellation that ruins the last steps in float32.
+    return jnp.square(jnp.sin(0.5 * math.pi * left))
+
+
+def _constant(left: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.ones_like(left)
+
+
+# Share of the updates after warm-up that are left, 1 to 0 -> share of the peak learning rate.
+_DECAYS: dict[str, Decay] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
+
+
+def _rmsprop(config: TrainConfig, mask: Mask) -> list[optax.GradientTransformation]:
+    _check_rates(rmsprop_decay=config.rmsprop_decay)
+    scale = optax.scale_by_rms(
+        config.rmsprop_decay,
+        config.rmsprop_epsilon,
+        initial_scale=0.0,
+        eps_in_sqrt=False,
+        bias_correction=False,
+    )
+    return [*_weight_decay(config, mask), scale]
+
+
+def _adamw(config: TrainConfig, mask: Mask) -> list[optax.GradientTransformation]:
+    _check_rates(adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2)
+    scale = _scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+    return [scale, *_weight_decay(config, mask)]
+
+
+def _describe_rmsprop(config: TrainConfig) -> str:
+    return f"decay {config.rmsprop_decay:g}, epsilon {config.rmsprop_epsilon:g} outside the square root"
+
+
+def _describe_adamw(config: TrainConfig) -> str:
+    return f"betas {config.adam_beta1:g} and {config.adam_beta2:g}, epsilon {config.adam_epsilon:g}"
+
+
+class _Optimizer(NamedTuple):
+    build: Callable[[TrainConfig, Mask], list[optax.GradientTransformation]]
+    describe: Callable[[TrainConfig], str]
+    coupling: str
+
+
+_OPTIMIZERS: dict[str, _Optimizer] = {
+    "rmsprop": _Optimizer(_rmsprop, _describe_rmsprop, coupling="added to the gradient, not on biases and norms"),
+    "adamw": _Optimizer(_adamw, _describe_adamw, coupling="apart from the gradient, not on biases and norms"),
+}
+
+
+def _weight_decay(config: TrainConfig, mask: Mask) -> list[optax.GradientTransformation]:
+    return [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
+
+
+def _scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with the bias correction in full float32 precision."""
+    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+
+    def init(params: Params) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like
+        return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=zeros(params), nu=zeros(params))
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, beta1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, beta2, 2)
+        step = jnp.asarray(count).astype(jnp.result_type(float))
+        # 1 - beta**step by expm1: subtracting a float32 beta**step near 1 from 1 leaves few digits.
+        correction1, correction2 = -jnp.expm1(step * log_beta1), -jnp.expm1(step * log_beta2)
+        scaled = jax.tree.map(lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + epsilon), mu, nu)
+        return scaled, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_rates(**rates: float) -> None:
+    wrong = {f"train.{name}": rate for name, rate in rates.items() if not 0 <= rate < 1}
+    if wrong:
+        raise ConfigError(
+            f"decay rates must be in [0, 1), found {wrong}: at 1 a moment never sees a gradient. "
+            "Usual values are 0.9 to 0.999."
+        )
+
+
+def _check_master_weights(params: Params) -> None:
+    narrow = [
+        f"{jax.tree_util.keystr(path)} ({leaf.dtype})"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if jnp.promote_types(leaf.dtype, jnp.float32) != leaf.dtype
+    ]
+    if narrow:
+        raise ConfigError(
+            f"master weights must be float32: a bfloat16 weight of 0.02 cannot absorb an update of 5e-7. "
+            f"{len(narrow)} parameters are narrower, the first: {', '.join(narrow[:3])}. Load them as "
+            "float32; model.compute_dtype sets the dtype of the matmuls."
+        )

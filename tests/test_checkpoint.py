@@ -1,0 +1,115 @@
+"""Checkpoints: what is saved comes back, on another mesh, the newest few are kept, and a full disk is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.checkpoint import Checkpointer
+from drift_jax.config import MeshConfig, TrainConfig
+from drift_jax.data.batches import PairLoader
+from drift_jax.errors import StageError
+from drift_jax.models.architecture import QwenConfig
+from drift_jax.models.qwen import declare_qwen, init_params
+from drift_jax.sharding import build_mesh
+from drift_jax.train import Trainer, TrainState
+from tests.full_disk import full_disk  # noqa: F401
+from tests.tiny_models import VOCAB
+from tests.tiny_pairs import random_pairs
+
+QWEN = QwenConfig("qwen2", VOCAB, 64, 2, 4, 2, 16, 96, 1e4, 1e-6, tied=True, qkv_bias=True, qk_norm=False)
+CONFIG = TrainConfig(batch_size=8, optimizer="adamw", learning_rate=1e-3)
+
+
+def make_trainer(sizes: tuple[int, int, int]) -> Trainer:
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return Trainer(*declare_qwen(QWEN), build_mesh(MeshConfig(*sizes), devices), CONFIG, "none", 8)
+
+
+def make_loader() -> PairLoader:
+    return PairLoader(random_pairs(24), np.full((24, 2), -90.0), 8, 1, max_length=128, seed=1)
+
+
+def save(checkpointer: Checkpointer, state: TrainState) -> None:
+    step = int(state.step)
+    checkpointer.save(step, {"params": state.params, "optimizer": state.opt_state}, {"step": step, "note": "x"})
+
+
+def restore(checkpointer: Checkpointer, trainer: Trainer, step: int) -> TrainState:
+    abstract = trainer.abstract_state
+    items = checkpointer.restore(step, {"params": abstract.params, "optimizer": abstract.opt_state})
+    return trainer.state_at(step, items["params"], items["optimizer"])
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 1)])
+def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+    trainer = make_trainer((1, 8, 1))
+    state = trainer.init_state(init_params(QWEN, 0, trainer.mesh))
+    for _ in range(2):
+        state, _ = trainer.step(state, make_loader().shuffled(int(state.step)))
+    with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
+        save(checkpointer, state)
+    other = make_trainer(sizes)
+    with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 2
+        assert checkpointer.read_meta(2) == {"step": 2, "note": "x"}
+        restored = restore(checkpointer, other, 2)
+    assert_equal(restored, state)
+    table = restored.params["embed"]
+    assert table.sharding.mesh.shape == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    """Bit for bit, over an epoch's end: five updates in one go, and two, a restart, three."""
+
+    def go_on(trainer: Trainer, state: TrainState, until: int) -> TrainState:
+        for state, *_ in trainer.fit(state, make_loader(), until):  # noqa: B020
+            pass
+        return state
+
+    whole = make_trainer((1, 1, 1))
+    expected = go_on(whole, whole.init_state(init_params(QWEN, 0, whole.mesh)), 5)
+    first = make_trainer((1, 1, 1))
+    with Checkpointer(tmp_path / "c", keep=1) as checkpointer:
+        save(checkpointer, go_on(first, first.init_state(init_params(QWEN, 0, first.mesh)), 2))
+    second = make_trainer((1, 1, 1))
+    with Checkpointer(tmp_path / "c", keep=1) as checkpointer:
+        resumed = go_on(second, restore(checkpointer, second, 2), 5)
+    assert_equal(resumed, expected)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
+        for step in range(1, 5):
+            checkpointer.save(step, {"params": {"w": jnp.full(4, step)}}, {})
+    assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == ["3", "4"]
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "c", keep=1) as checkpointer:
+        checkpointer.save(1, {"params": {"w": jnp.ones(4)}}, {})
+        checkpointer.wait()
+        with pytest.raises(StageError, match="does not fit this model and optimizer"):
+            checkpointer.restore(1, {"params": {"w": jax.ShapeDtypeStruct((5,), jnp.float32), "b": jnp.ones(2)}})
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(full_disk: Path) -> None:
+    checkpointer = Checkpointer(full_disk / "c", keep=2)
+    checkpointer.save(1, {"params": {"w": jnp.ones(16)}}, {})
+    checkpointer.wait()
+    rng = np.random.default_rng(0)
+    with pytest.raises(StageError, match="cannot write a checkpoint.*The last whole one is step 1"), checkpointer:
+        checkpointer.save(2, {"params": {"w": jnp.asarray(rng.normal(size=10**5))}}, {})
+        checkpointer.wait()
+    assert Checkpointer(full_disk / "c", keep=2).latest_step() == 1

@@ -1,0 +1,197 @@
+"""The DPO step against torch in float64, over meshes, micro-batches and row lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from drift_jax.config import MeshConfig, TrainConfig
+from drift_jax.data.batches import PairBatch, PairLoader, put_batch
+from drift_jax.data.pairs import TokenizedPair
+from drift_jax.errors import ConfigError, StageError
+from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
+from drift_jax.models.qwen import declare_qwen
+from drift_jax.sharding import build_mesh, check_batch
+from drift_jax.train import Trainer, check_first_loss, evaluate_scores, host_metrics, loss_and_grads
+from tests.tiny_models import build_tiny_model
+from tests.tiny_pairs import random_pairs
+
+CONFIG = TrainConfig(beta=0.3, label_smoothing=0.1, rpo_alpha=0.5, batch_size=8, learning_rate=1e-4, warmup_ratio=0.0)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("policy") / "m", request.param, tied=request.param == "qwen2")
+
+
+def make_trainer(
+    model_dir: Path, sizes: tuple[int, int, int] = (1, 1, 1), config: TrainConfig = CONFIG
+) -> tuple[Trainer, dict[str, Any]]:
+    mesh = build_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    declared = declare_qwen(load_qwen_config(model_dir))
+    return Trainer(*declared, mesh, config, "layer", total_steps=10), load_params(model_dir, mesh)
+
+
+def make_loader(pairs: list[TokenizedPair], accumulation: int = 1, batch_size: int = 8) -> PairLoader:
+    ref = -np.random.default_rng(5).uniform(50, 60, (len(pairs), 2))
+    return PairLoader(pairs, ref, batch_size, accumulation, max_length=128, seed=3)
+
+
+def compute(trainer: Trainer, params: dict[str, Any], batch: PairBatch) -> tuple[dict[str, float], dict[str, Any]]:
+    with jax.set_mesh(trainer.mesh):
+        metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, trainer.mesh))
+    return host_metrics(metrics), grads
+
+
+def torch_reference(model_dir: Path, loader: PairLoader) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """DPO + alpha * NLL in float64, one sequence at a time, without padding or batching."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    c, log_sigmoid = CONFIG, torch.nn.functional.logsigmoid
+    losses, nll, tokens, rewards = [], 0.0, 0, []
+    for pair, ref in zip(loader.pairs, loader.ref_logps.astype(np.float32).astype(np.float64), strict=True):
+        logps = []
+        for completion in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, completion]).astype(np.int64))
+            predicted = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
+            logps.append(predicted[len(pair.prompt_ids) - 1 :])
+        nll, tokens = nll - logps[0].sum(), tokens + len(logps[0])
+        reward = [c.beta * (logp.sum() - r) for logp, r in zip(logps, ref, strict=True)]
+        h = reward[0] - reward[1]
+        losses.append(-log_sigmoid(h) * (1 - c.label_smoothing) - log_sigmoid(-h) * c.label_smoothing)
+        rewards.append([float(r.detach()) for r in reward])
+    loss = torch.stack(losses).mean() + c.rpo_alpha * nll / tokens
+    loss.backward()
+    grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    chosen, rejected = np.array(rewards).T
+    metrics = {"loss": float(loss.detach()), "nll_loss": float(nll.detach()) / tokens}
+    metrics |= {"rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean()}
+    metrics |= {"rewards/margins": (chosen - rejected).mean(), "rewards/accuracies": (chosen > rejected).mean()}
+    return metrics, grads
+
+
+def test_loss_and_gradients_equal_torch(model_dir: Path) -> None:
+    loader = make_loader(random_pairs(8))
+    expected, expected_grads = torch_reference(model_dir, loader)
+    trainer, params = make_trainer(model_dir)
+    metrics, grads = compute(trainer, params, loader.shuffled(0))
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
+    ours = {name: make() for name, _, make in iterate_hf_tensors(grads, load_qwen_config(model_dir), "float32")}
+    assert ours.keys() == expected_grads.keys()
+    for name, value in expected_grads.items():
+        error = np.linalg.norm(ours[name] - value) / np.linalg.norm(value)
+        assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+def test_a_shifted_mask_is_seen(model_dir: Path) -> None:
+    """The negative twin: counting one token too few per completion is far outside the tolerance."""
+    loader = make_loader(random_pairs(8))
+    expected, _ = torch_reference(model_dir, loader)
+    trainer, params = make_trainer(model_dir)
+    batch = loader.shuffled(0)
+    first = np.argmax(batch.completion_mask, axis=-1)[..., None]
+    broken = batch._replace(completion_mask=batch.completion_mask & (np.arange(batch.ids.shape[-1]) != first))
+    assert abs(compute(trainer, params, broken)[0]["loss"] - expected["loss"]) > 1e-2
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(model_dir: Path, sizes: tuple[int, int, int]) -> None:
+    batch = make_loader(random_pairs(8)).shuffled(0)
+    expected, expected_grads = compute(*make_trainer(model_dir), batch)
+    metrics, grads = compute(*make_trainer(model_dir, sizes), batch)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_changes_nothing(model_dir: Path, accumulation: int) -> None:
+    """Seven pairs in a batch of eight: the padding pair lies in one of the micro-batches."""
+    pairs = random_pairs(7)
+    trainer, params = make_trainer(model_dir)
+    expected, expected_grads = compute(trainer, params, make_loader(pairs).shuffled(0))
+    metrics, grads = compute(trainer, params, make_loader(pairs, accumulation).shuffled(0))
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_no_retrace_after_the_first_step_of_each_length(model_dir: Path) -> None:
+    pairs = random_pairs(16, longest=30) + random_pairs(16, seed=1, longest=60)
+    pairs += [dataclasses.replace(pairs[0], id="long", chosen_ids=np.full(220, 5, np.int32))]
+    trainer, params = make_trainer(model_dir, (2, 2, 2))
+    loader = PairLoader(pairs, np.zeros((len(pairs), 2)), 8, 1, max_length=256, seed=0)
+    state = trainer.init_state(params)
+    lengths = set()
+    for step in range(2 * loader.steps_per_epoch):
+        batch = loader.shuffled(step)
+        lengths.add(batch.ids.shape[-1])
+        state, _ = trainer.step(state, batch)
+    assert lengths == {128, 256}
+    assert trainer.compiled_shapes() == 2
+
+
+def test_the_first_loss_is_ln_2_and_then_it_falls(model_dir: Path) -> None:
+    trainer, params = make_trainer(model_dir)
+    pairs = random_pairs(8)
+    loader = dataclasses.replace(make_loader(pairs), ref_logps=np.zeros((8, 2)))
+    ref = trainer.score_pairs(params, loader).logps
+    loader = dataclasses.replace(loader, ref_logps=ref)
+    state, history = trainer.init_state(params), []
+    for state, _, metrics, tokens in trainer.fit(state, loader, 10):  # noqa: B020
+        history.append(host_metrics(metrics))
+        assert tokens == sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    check_first_loss(history[0], CONFIG)
+    dpo = [m["loss"] - CONFIG.rpo_alpha * m["nll_loss"] for m in history]
+    assert dpo[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert dpo[-1] < 0.6
+    assert history[-1]["rewards/accuracies"] == 1.0
+    with pytest.raises(StageError, match="not ln 2"):
+        check_first_loss(history[-1], CONFIG)
+
+
+def test_scores_do_not_depend_on_batch_or_order(model_dir: Path) -> None:
+    trainer, params = make_trainer(model_dir)
+    pairs = random_pairs(10)
+    eight = trainer.score_pairs(params, make_loader(pairs))
+    three = trainer.score_pairs(params, make_loader(pairs[::-1], batch_size=3))
+    np.testing.assert_allclose(eight.logps, three.logps[::-1], rtol=1e-5)
+    np.testing.assert_array_equal(eight.tokens, [len(p.chosen_ids) for p in pairs])
+
+
+def test_evaluation_equals_the_metrics_of_a_step(model_dir: Path) -> None:
+    trainer, params = make_trainer(model_dir)
+    loader = make_loader(random_pairs(8))
+    step, _ = compute(trainer, params, loader.shuffled(0))
+    held_out = evaluate_scores(trainer.score_pairs(params, loader), loader.ref_logps, CONFIG)
+    assert held_out == pytest.approx({f"eval_{name}": value for name, value in step.items()}, rel=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_weights_that_move(model_dir: Path) -> None:
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    declared = declare_qwen(load_qwen_config(model_dir), jnp.bfloat16)
+    trainer = Trainer(*declared, mesh, dataclasses.replace(CONFIG, learning_rate=5e-7), "layer", 10)
+    params = load_params(model_dir, mesh)
+    before = jax.tree.map(np.asarray, params)
+    state, _ = trainer.step(trainer.init_state(params), make_loader(random_pairs(8)).shuffled(0))
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
+        assert a.dtype == jnp.float32
+        assert (np.asarray(a) != b).mean() > 0.5
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:
+    mesh = build_mesh(MeshConfig(2, 4, 1))
+    check_batch(mesh, 16, 2)
+    with pytest.raises(ConfigError, match=r"= 6 pairs cannot be split over 8 devices.*multiple of 16"):
+        check_batch(mesh, 12, 2)
