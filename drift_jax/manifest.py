@@ -1,0 +1,159 @@
+"""`RUN/manifest.json`: what every stage was made from, so that running again always does the right thing.
+
+A stage is entered with the hashes of its inputs and the config keys that shape its result. Entered before with
+the same values it is skipped (finished) or resumed (not finished); entered with others it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from drift_jax.config import RunConfig, config_keys
+from drift_jax.errors import StageError
+from drift_jax.records import write_json
+
+MANIFEST_FILE = "manifest.json"
+# Files of a model directory that change what the model computes or how text becomes ids.
+_MODEL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def config_slice(config: RunConfig, prefixes: Iterable[str], excluding: Iterable[str] = ()) -> dict[str, Any]:
+    """The dotted keys that begin with one of `prefixes`, with their values as JSON would hold them."""
+    prefixes, excluding = tuple(prefixes), set(excluding)
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    chosen = {}
+    for key in config_keys():
+        if key.startswith(prefixes) and key not in excluding:
+            value: Any = plain
+            for part in key.split("."):
+                value = value[part]
+            chosen[key] = value
+    return chosen
+
+
+@final
+class Manifest:
+    """The manifest of one run directory; every change is on disk when the method returns."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / MANIFEST_FILE
+        self._data: dict[str, Any] = {"format": 1, "stages": {}, "hashes": {}}
+        if self.path.exists():
+            try:
+                self._data = json.loads(self.path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise StageError(
+                    f"{self.path} is not JSON ({error}). Restore it, or give a new run directory with --run-dir."
+                ) from None
+
+    def enter(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        """True when the stage is finished already.
+
+        Raises:
+          StageError: it was entered before with other config values or other inputs; names each and both values.
+        """
+        entry = self._data["stages"].get(stage)
+        if entry is not None:
+            problems = _differences(entry["config"], config) + _differences(entry["inputs"], inputs, "input ")
+            if problems:
+                raise StageError(
+                    f"stage {stage} in {self.path.parent} was made with other values:\n"
+                    + "\n".join(f"  {problem}" for problem in problems)
+                    + "\nSet them back, or give a new run directory with --run-dir."
+                )
+            return entry["finished"] is not None
+        entry = {
+            "config": dict(config),
+            "inputs": dict(inputs),
+            "started": _now(),
+            "finished": None,
+            "summary": {},
+        }
+        self._data["stages"][stage] = entry
+        self._write()
+        return False
+
+    def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
+        """Marks a stage as done; `summary` holds the JSON values that the closing table shows."""
+        self._data["stages"][stage] |= {"finished": _now(), "summary": dict(summary)}
+        self._write()
+
+    def summary(self, stage: str) -> dict[str, Any]:
+        """What `finish` was given; empty for a stage that is not finished."""
+        return self._data["stages"].get(stage, {}).get("summary", {})
+
+    def file_hash(self, path: Path) -> str:
+        """sha256 of a file's content; computed once as long as its size and time of change stay."""
+        stat = path.stat()
+        key, stamp = str(path.absolute()), [stat.st_size, stat.st_mtime_ns]
+        known = self._data["hashes"].get(key)
+        if known is None or known[:2] != stamp:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            known = self._data["hashes"][key] = [*stamp, digest]
+        return known[2]
+
+    def model_hash(self, model_dir: Path) -> str:
+        """One hash over the weights, config, tokenizer and template of a model directory."""
+        files = sorted(model_dir.glob("*.safetensors")) + [model_dir / name for name in _MODEL_FILES]
+        lines = [f"{path.name} {self.file_hash(path)}" for path in files if path.exists()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self._data)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], kind: str = "") -> list[str]:
+    return [
+        f"{kind}{key}: was {json.dumps(before.get(key))}, is now {json.dumps(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@final
+class RunLock:
+    """Keeps a second process out of a run directory; the system lets go of it however the first one ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / ".lock"
+
+    def __enter__(self) -> RunLock:
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise StageError(
+                f"{self.path.parent} is in use by process {owner}. Wait for it, or give another --run-dir."
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

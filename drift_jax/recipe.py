@@ -1,0 +1,175 @@
+"""The method: a seed stage, then K iterations of sampling chosen responses and DPO against the logged ones.
+
+    policy_0 = DPO(model, seed pairs)
+    for k = 1..K:
+        chosen   ~ policy_{k-1}( . | dialogue + logged reply + complaint + "improve")
+        rejected = the logged reply the user complained about
+        policy_k = one epoch of DPO from policy_{k-1} on these pairs
+
+Every stage leaves files in the run directory; running the same command again skips what is finished, resumes what
+was interrupted, and refuses what was made with another config (`manifest.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from drift_jax.config import RunConfig, config_to_yaml
+from drift_jax.errors import ConfigError, StageError
+from drift_jax.manifest import Manifest, RunLock, config_slice
+from drift_jax.models.hf import resolve_model
+from drift_jax.progress import StageSummary, summary_markdown, summary_table
+from drift_jax.stages.dpo import TrainJob, train_stage
+from drift_jax.stages.export import export_stage
+from drift_jax.stages.inputs import Summary
+from drift_jax.stages.sample import pair_stage, sample_stage
+from drift_jax.stages.showcase import showcase_stage
+from drift_jax.telemetry import peak_rss_gib
+
+# The keys that shape what a stage makes. Others (mesh, remat, checkpoint, tracking) may change between two calls.
+_SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
+_TRAIN_KEYS = ("train.", "data.max_length", "data.max_prompt_length", "data.on_bad_row", "model.compute_dtype")
+_NOT_SHAPING = ("sampling.batch_size", "train.eval_batch_size")
+
+
+def run(config: RunConfig, console: Console) -> Path:
+    """Runs the whole recipe, or what is left of it. Returns the directory of the exported policy.
+
+    Raises:
+      DriftError: see the stages; whatever was finished before stays, and the same command goes on from there.
+    """
+    if not config.data.dsat and config.recipe.iterations:
+        raise ConfigError("data.dsat is empty: name a JSONL file of DSAT records, or set recipe.iterations to 0.")
+    run_dir = Path(config.run_dir)
+    with RunLock(run_dir):
+        recipe = Recipe(config, run_dir, console)
+        initial = resolve_model(config.model.path, config.model.revision)
+        policy = initial
+        if config.data.seed_train:
+            policy = recipe.seed(policy)
+        for iteration in range(1, config.recipe.iterations + 1):
+            policy = recipe.iterate(iteration, policy, initial)
+        recipe.show(initial, policy)
+    return policy
+
+
+@final
+class Recipe:
+    """The stages of one run directory, entered and finished through its manifest."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, console: Console) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.console = console
+        self.manifest = Manifest(run_dir)
+        self.started = time.monotonic()
+        self.rows: list[StageSummary] = []
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+
+    def seed(self, policy: Path) -> Path:
+        """DPO on the seed pairs: policy_0."""
+        data = self.config.data
+        assert data.seed_train is not None
+        test = Path(data.seed_test) if data.seed_test else None
+        epochs = self.config.recipe.seed_epochs
+        job = TrainJob(policy, policy, Path(data.seed_train), test, self.run_dir / "seed", epochs)
+        return self._train_and_export("seed", job)
+
+    def iterate(self, iteration: int, policy: Path, initial: Path) -> Path:
+        """One iteration: sample, pair, train, export. Returns policy_k."""
+        name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
+        dsat = Path(self.config.data.dsat)
+        inputs = {"dsat": self._hash(dsat), "policy": self.manifest.model_hash(policy)}
+        keys = config_slice(self.config, _SAMPLE_KEYS, _NOT_SHAPING)
+        self._stage(
+            f"{name}/sample", keys, inputs, lambda: sample_stage(self.config, policy, str(dsat), out_dir, self.console)
+        )
+        self._stage(f"{name}/pair", keys, inputs, lambda: pair_stage(self.config, inputs["policy"], str(dsat), out_dir))
+        reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
+        pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
+        job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs)
+        return self._train_and_export(name, job)
+
+    def show(self, initial: Path, policy: Path) -> None:
+        """The end of a run: the table of stages, replies before and after, and where the policy lies."""
+        answers: list[dict[str, str]] = []
+        if self.config.recipe.showcase_prompts:
+            keys = {"prompts": list(self.config.recipe.showcase_prompts)}
+            inputs = {"before": self.manifest.model_hash(initial), "after": self.manifest.model_hash(policy)}
+            path = self.run_dir / "showcase.json"
+            self._stage(
+                "showcase", keys, inputs, lambda: showcase_stage(self.config, initial, policy, path, self.console)
+            )
+            answers = json.loads(path.read_text(encoding="utf-8"))
+        self.console.print(summary_table(self.rows, title=f"{self.run_dir}"))
+        for answer in answers:
+            text = Text.assemble(("before  ", "dim"), answer["before"], "\n", ("after   ", "bold"), answer["after"])
+            self.console.print(Panel(text, title=Text(answer["prompt"]), title_align="left"))
+        (self.run_dir / "summary.md").write_text(summary_markdown(self.rows), encoding="utf-8")
+        seconds = time.monotonic() - self.started
+        self.console.print(f"{seconds:.0f} seconds, at most {peak_rss_gib():.1f} GiB of memory")
+        self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
+
+    def _train_and_export(self, name: str, job: TrainJob) -> Path:
+        inputs = {
+            "train pairs": self._hash(job.train_pairs),
+            "policy": self.manifest.model_hash(job.model_dir),
+            "reference": self.manifest.model_hash(job.reference_dir),
+        }
+        if job.test_pairs is not None:
+            inputs["test pairs"] = self._hash(job.test_pairs)
+        keys = config_slice(self.config, _TRAIN_KEYS, _NOT_SHAPING) | {"epochs": job.epochs}
+        self._stage(f"{name}/train", keys, inputs, lambda: train_stage(self.config, job, self.console))
+        hf, keys = job.out_dir / "hf", config_slice(self.config, ("export.",))
+        checkpoints = job.out_dir / "checkpoints"
+        self._stage(
+            f"{name}/export",
+            keys,
+            inputs,
+            lambda: export_stage(self.config, checkpoints, job.model_dir, hf, self.console),
+        )
+        return hf
+
+    def _stage(self, stage: str, keys: dict[str, Any], inputs: dict[str, str], work: Callable[[], Summary]) -> None:
+        """Does the work unless it is done; either way its row goes into the closing table."""
+        if self.manifest.enter(stage, keys, inputs):
+            self.console.print(f"{stage}: finished before, skipped", style="dim")
+        else:
+            self.console.rule(stage, align="left")
+            self._log(stage, "started")
+            start = time.monotonic()
+            summary = work()
+            self.manifest.finish(stage, summary | {"seconds": time.monotonic() - start})
+            self._log(stage, "finished")
+        s = self.manifest.summary(stage)
+        self.rows.append(
+            StageSummary(
+                stage=stage,
+                pairs=s.get("pairs"),
+                drops=s.get("drops", {}),
+                loss=s.get("loss"),
+                eval_margins=s.get("eval_rewards/margins"),
+                eval_accuracies=s.get("eval_rewards/accuracies"),
+                tokens_per_second=s.get("tokens_per_second"),
+                seconds=s.get("seconds"),
+            )
+        )
+
+    def _hash(self, path: Path) -> str:
+        if not path.is_file():
+            raise StageError(f"no file at {path}. Look at the data section of the config.")
+        return self.manifest.file_hash(path)
+
+    def _log(self, stage: str, event: str) -> None:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stage": stage, "event": event}
+        with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

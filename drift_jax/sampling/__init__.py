@@ -1,0 +1,1 @@
+"""Where chosen responses come from: one abstract sampler, interchangeable engines."""

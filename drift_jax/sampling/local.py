@@ -1,0 +1,156 @@
+"""The sampler in JAX: batched prefill, then a decode loop that stays on the device until every row has ended.
+
+Rows of a batch have prompts of the same bucket of lengths and fill it from the left; generated tokens go to the
+slots after the bucket, so all rows write the same slot. The empty slots in between are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from drift_jax.errors import ConfigError
+from drift_jax.models.policy import Policy, bind
+from drift_jax.models.qwen import KVCache
+from drift_jax.sampling.base import Completion, OnBatch, Sampler, SampleRequest, SamplingParams
+from drift_jax.sampling.draw import draw_tokens, row_keys, row_words
+from drift_jax.sharding import batch_ways, build_sharding
+
+_SHORTEST_BUCKET = 64
+
+
+class _Decoding(NamedTuple):
+    """State of the decode loop; `tokens` are the new ones."""
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B M"]
+    last: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    cache: KVCache
+
+
+def prompt_bucket(length: int) -> int:
+    """The padded length of a prompt: the next power of two, at least 64. Few lengths mean few compilations."""
+    return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def generate(
+    graphdef: Any,
+    params: dict[str, Any],
+    sampling: SamplingParams,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    keys: PRNGKeyArray[Array, "B"],
+) -> Int[Array, "B M"]:
+    """Prompts, right-padded to T -> up to M = max_new_tokens new tokens each; after an EOS the row is filled with it.
+
+    Rows of length 0 are padding of the batch: they are done from the start.
+    """
+    model = bind(graphdef, params)
+    rows, width = ids.shape
+    slots = width + sampling.max_new_tokens
+    eos = jnp.asarray(sampling.eos_ids, jnp.int32)
+    draw = partial(draw_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+
+    def next_token(logits: Float[Array, "B V"], step: Int[Array, ""]) -> Int[Array, "B"]:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocab_size, logits, -jnp.inf)
+        return draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
+
+    def record(state: _Decoding, token: Int[Array, "B"], step: Int[Array, ""], cache: KVCache) -> _Decoding:
+        token = jnp.where(state.done, state.last, token)
+        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step))
+        return _Decoding(step + 1, tokens, token, state.done | jnp.isin(token, eos), cache)
+
+    def go_on(state: _Decoding) -> Bool[Array, ""]:
+        return (state.step < sampling.max_new_tokens) & ~jnp.all(state.done)
+
+    def decode_one(state: _Decoding) -> _Decoding:
+        index = jnp.arange(slots)
+        slot = width + state.step - 1
+        mask = (index < lengths[:, None]) | ((index >= width) & (index <= slot))
+        hidden, cache = model.decode(state.last, lengths + state.step - 1, state.cache, slot, mask)
+        return record(state, next_token(model.logits(hidden), state.step), state.step, cache)
+
+    hidden, cache = model.prefill(ids, slots)
+    last_hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    zero = jnp.zeros((), jnp.int32)
+    empty = jnp.full((rows, sampling.max_new_tokens), eos[0])
+    start = _Decoding(zero, empty, jnp.full(rows, eos[0]), lengths == 0, cache)
+    first = record(start, next_token(model.logits(last_hidden), zero), zero, cache)
+    return jax.lax.while_loop(go_on, decode_one, first).tokens
+
+
+@final
+class LocalSampler(Sampler):
+    """Samples with the policy's weights in this process."""
+
+    def __init__(self, policy: Policy, batch_size: int) -> None:
+        ways = batch_ways(policy.mesh)
+        if batch_size % ways:
+            raise ConfigError(
+                f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
+                f"(mesh {dict(policy.mesh.shape)}: data x fsdp). Make it a multiple of {ways}."
+            )
+        self.policy = policy
+        self.batch_size = batch_size
+        self._generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1)
+
+    def sample(
+        self, requests: Iterable[SampleRequest], params: SamplingParams, on_batch: OnBatch | None = None
+    ) -> list[Completion]:
+        requests = list(requests)
+        # Rows are grouped by bucket, shortest first: which rows share a batch changes no row's tokens.
+        order = sorted(range(len(requests)), key=lambda i: prompt_bucket(len(requests[i].prompt_ids)))
+        done: dict[int, Completion] = {}
+        for group in self._batches(requests, order):
+            completions = self._sample_batch([requests[i] for i in group], params)
+            done |= dict(zip(group, completions, strict=True))
+            if on_batch is not None:
+                on_batch(completions)
+        return [done[i] for i in range(len(requests))]
+
+    def _batches(self, requests: list[SampleRequest], order: list[int]) -> Iterable[list[int]]:
+        group: list[int] = []
+        for i in order:
+            bucket = prompt_bucket(len(requests[i].prompt_ids))
+            if group and (len(group) == self.batch_size or bucket != prompt_bucket(len(requests[group[0]].prompt_ids))):
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def _sample_batch(self, requests: list[SampleRequest], params: SamplingParams) -> list[Completion]:
+        width = prompt_bucket(max(len(r.prompt_ids) for r in requests))
+        ids = np.zeros((self.batch_size, width), np.int32)
+        lengths = np.zeros(self.batch_size, np.int32)
+        words = np.zeros((self.batch_size, 2), np.uint32)
+        words[: len(requests)] = row_words((r.row_id, r.sample) for r in requests)
+        for row, request in enumerate(requests):
+            ids[row, : len(request.prompt_ids)] = request.prompt_ids
+            lengths[row] = len(request.prompt_ids)
+        mesh = self.policy.mesh
+        with jax.set_mesh(mesh):
+            rows = build_sharding(mesh, ("batch", None), ids.shape, "prompts")
+            one = build_sharding(mesh, ("batch",), lengths.shape, "prompts")
+            tokens = self._generate(
+                self.policy.params,
+                params,
+                jax.device_put(ids, rows),
+                jax.device_put(lengths, one),
+                row_keys(params.seed, jax.device_put(words, rows)),
+            )
+        return [_completion(r, row, params) for r, row in zip(requests, np.asarray(tokens), strict=False)]
+
+
+def _completion(request: SampleRequest, row: np.ndarray, params: SamplingParams) -> Completion:
+    ended = np.flatnonzero(np.isin(row, params.eos_ids))
+    if len(ended):
+        return Completion(request.row_id, request.sample, tuple(row[: ended[0] + 1].tolist()), "stop")
+    return Completion(request.row_id, request.sample, tuple(row.tolist()), "length")

@@ -1,0 +1,10 @@
+"""The stages of a run: each reads files, writes files and returns a summary of JSON values for the closing table.
+
+    sample   policy + DSAT records            -> completions.jsonl
+    pair     DSAT records + completions       -> pairs.train.jsonl, pairs.test.jsonl, drops.json
+    train    policy + pairs                   -> ref_logps.npz, checkpoints/, metrics.jsonl, eval.json
+    export   checkpoint                       -> hf/
+
+A stage that was interrupted goes on where it stopped: completions from their journal, training from the last
+checkpoint.
+"""

@@ -1,0 +1,79 @@
+"""What several stages open: DSAT records, tokenizers, policies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from drift_jax.config import RunConfig
+from drift_jax.data.tokenizer import ChatTokenizer, check_vocab, load_tokenizer
+from drift_jax.errors import DataError
+from drift_jax.models.hf import load_qwen_config
+from drift_jax.models.policy import Policy, load_policy
+from drift_jax.progress import stage_progress
+from drift_jax.records import DsatRecord, read_dsat
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DsatSplit:
+    """DSAT records of an iteration: the first rows are held out, as the authors do."""
+
+    test: tuple[DsatRecord, ...]
+    train: tuple[DsatRecord, ...]
+    skipped: int  # rows left out by --on-bad-row skip
+
+    def rows(self) -> Iterator[tuple[str, DsatRecord]]:
+        yield from (("test", record) for record in self.test)
+        yield from (("train", record) for record in self.train)
+
+
+def load_dsat_split(config: RunConfig, path: str) -> DsatSplit:
+    """Raises `DataError` when holding out `data.test_rows` leaves nothing to train on."""
+    rows = read_dsat(path, config.data.on_bad_row)
+    held_out = config.data.test_rows
+    if len(rows.records) <= held_out:
+        raise DataError(
+            f"{path} has {len(rows.records)} usable rows and data.test_rows holds {held_out} of them out: "
+            "nothing is left to train on. Lower data.test_rows or give more rows."
+        )
+    train = rows.records[held_out:][: config.data.max_rows]
+    return DsatSplit(rows.records[:held_out], train, len(rows.skipped))
+
+
+def open_tokenizer(model_dir: Path) -> ChatTokenizer:
+    """The tokenizer of a model directory, checked against the model's vocabulary."""
+    tokenizer = load_tokenizer(model_dir)
+    check_vocab(tokenizer, load_qwen_config(model_dir).vocab_size)
+    return tokenizer
+
+
+def open_policy(model_dir: Path, mesh: Mesh, compute_dtype: str, param_dtype: str, console: Console) -> Policy:
+    """`load_policy` with a progress bar in MB."""
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
+        def advance(size: int, total: int) -> None:
+            if not bars:
+                bar = stage_progress(f"loading {model_dir.name}", total // 10**6, "MB", console=console)
+                bars.append(stack.enter_context(bar))
+            bars[0].advance(min(round(size / 10**6), bars[0].total - bars[0].count))
+
+        return load_policy(model_dir, mesh, compute_dtype, param_dtype, advance)
+
+
+def report_refused(refused: list[str], config: RunConfig) -> None:
+    """Raises `DataError` for rows that no tokens could be made of, unless bad rows are to be skipped."""
+    if refused and config.data.on_bad_row == "error":
+        shown = "\n  ".join(refused[:20])
+        raise DataError(
+            f"{len(refused)} rows cannot be encoded:\n  {shown}\n"
+            "Mend these rows, or pass --on-bad-row skip to go on without them (they are counted)."
+        )

@@ -1,0 +1,45 @@
+"""Reference log-probabilities as an artefact: computed once per stage, stored with the tokens they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from drift_jax.data.pairs import TokenizedPair
+from drift_jax.errors import StageError
+
+RefLogps = Float[np.ndarray, "N 2"]
+
+
+def write_ref_logps(path: Path, pairs: list[TokenizedPair], logps: RefLogps) -> None:
+    temporary = path.with_name(".ref_logps.tmp.npz")
+    try:
+        np.savez(temporary, ids=np.array([p.id for p in pairs]), tokens=_token_hashes(pairs), ref_logps=logps)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StageError(f"cannot write {path}: {error}. Free space and run again.") from None
+    temporary.rename(path)
+
+
+def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
+    """Stored log-probs, when they are of exactly these tokens in this order."""
+    if not path.exists():
+        return None
+    with np.load(path) as stored:
+        if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
+            return None
+        return stored["ref_logps"]
+
+
+def _token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:
+    def one(pair: TokenizedPair) -> str:
+        digest = hashlib.sha256()
+        for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+            digest.update(len(part).to_bytes(4, "little") + np.asarray(part, "<i4").tobytes())
+        return digest.hexdigest()
+
+    return np.array([one(pair) for pair in pairs])
