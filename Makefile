@@ -84,6 +84,7 @@ fmt: $(VENV)/.installed-all
 
 smoke: $(SMOKE_VENV)/.installed
 	@$(SMOKE_VENV)/bin/drift doctor
+	@$(SMOKE_VENV)/bin/python scripts/make_tiny_model.py
 	@run=$$(mktemp -d) && trap 'rm -rf "$$run"' EXIT && \
 	    $(SMOKE_VENV)/bin/drift run configs/debug.yaml --run-dir "$$run/debug"
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+import jax
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -49,6 +50,9 @@ def run(config: RunConfig, console: Console) -> Path:
     if not config.data.dsat and config.recipe.iterations:
         raise ConfigError("data.dsat is empty: name a JSONL file of DSAT records, or set recipe.iterations to 0.")
     run_dir = Path(config.run_dir)
+    if not jax.config.jax_compilation_cache_dir:
+        # An iteration compiles what the one before compiled; so does a run that is resumed.
+        jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
     with RunLock(run_dir):
         recipe = Recipe(config, run_dir, console)
         initial = resolve_model(config.model.path, config.model.revision)
@@ -112,7 +116,8 @@ class Recipe:
             answers = json.loads(path.read_text(encoding="utf-8"))
         self.console.print(summary_table(self.rows, title=f"{self.run_dir}"))
         for answer in answers:
-            text = Text.assemble(("before  ", "dim"), answer["before"], "\n", ("after   ", "bold"), answer["after"])
+            before, after = (_printable(answer[when]) for when in ("before", "after"))
+            text = Text.assemble(("before  ", "dim"), before, "\n\n", ("after   ", "bold"), after)
             self.console.print(Panel(text, title=Text(answer["prompt"]), title_align="left"))
         (self.run_dir / "summary.md").write_text(summary_markdown(self.rows), encoding="utf-8")
         seconds = time.monotonic() - self.started
@@ -173,3 +178,9 @@ class Recipe:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stage": stage, "event": event}
         with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _printable(text: str, lines: int = 12) -> str:
+    """Text of a model for a terminal: no control characters, which could move the cursor, and not too many lines."""
+    kept = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
+    return "\n".join(kept.splitlines()[:lines])

@@ -91,7 +91,7 @@ class LocalSampler(Sampler):
     """Samples with the policy's weights in this process."""
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
-        ways = batch_ways(policy.mesh)
+        self.ways = ways = batch_ways(policy.mesh)
         if batch_size % ways:
             raise ConfigError(
                 f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
@@ -128,23 +128,25 @@ class LocalSampler(Sampler):
 
     def _sample_batch(self, requests: list[SampleRequest], params: SamplingParams) -> list[Completion]:
         width = prompt_bucket(max(len(r.prompt_ids) for r in requests))
-        ids = np.zeros((self.batch_size, width), np.int32)
-        lengths = np.zeros(self.batch_size, np.int32)
-        words = np.zeros((self.batch_size, 2), np.uint32)
+        # The last batch of a bucket is often small; a power of two keeps the number of compiled shapes low.
+        rows = min(self.batch_size, self.ways * (1 << (-(-len(requests) // self.ways) - 1).bit_length()))
+        ids = np.zeros((rows, width), np.int32)
+        lengths = np.zeros(rows, np.int32)
+        words = np.zeros((rows, 2), np.uint32)
         words[: len(requests)] = row_words((r.row_id, r.sample) for r in requests)
         for row, request in enumerate(requests):
             ids[row, : len(request.prompt_ids)] = request.prompt_ids
             lengths[row] = len(request.prompt_ids)
         mesh = self.policy.mesh
         with jax.set_mesh(mesh):
-            rows = build_sharding(mesh, ("batch", None), ids.shape, "prompts")
+            by_row = build_sharding(mesh, ("batch", None), ids.shape, "prompts")
             one = build_sharding(mesh, ("batch",), lengths.shape, "prompts")
             tokens = self._generate(
                 self.policy.params,
                 params,
-                jax.device_put(ids, rows),
+                jax.device_put(ids, by_row),
                 jax.device_put(lengths, one),
-                row_keys(params.seed, jax.device_put(words, rows)),
+                row_keys(params.seed, jax.device_put(words, by_row)),
             )
         return [_completion(r, row, params) for r, row in zip(requests, np.asarray(tokens), strict=False)]
 

@@ -1,0 +1,197 @@
+"""The command as a person types it: help, and exit code 2 with one clear message for what they can mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drift_jax.cli import main
+from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
+
+Drift = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture()
+def drift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Drift:
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["drift", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_policy(tmp_path_factory.mktemp("cli") / "model", tied=True)
+
+
+@pytest.fixture()
+def base(tmp_path: Path, model_dir: Path) -> Path:
+    """A directory with everything `drift run config.yaml` needs."""
+    shutil.copytree(model_dir, tmp_path / "model")
+    write_dsat(tmp_path / "dsat.jsonl", 16)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    write_pairs(pairs / "pairs.train.jsonl", 8)
+    raw = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "model"), "compute_dtype": "float32"},
+        "data": {"dsat": str(tmp_path / "dsat.jsonl"), "test_rows": 4, "max_length": 128, "max_prompt_length": 64},
+        "recipe": {"iterations": 1},
+        "sampling": {"max_new_tokens": 4, "batch_size": 8, "compute_dtype": "float32", "max_input_length": 128},
+        "train": {"batch_size": 8},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    return tmp_path
+
+
+def test_help_lists_every_command(drift: Drift) -> None:
+    code, out, _ = drift("--help")
+    assert code == 0
+    for command in ("run", "sample", "train", "export", "doctor"):
+        assert command in out
+        assert drift(command, "--help")[0] == 0
+
+
+def edit_rows(path: Path, line: int, edit: Callable[[dict], object]) -> None:
+    rows = path.read_text().splitlines()
+    row = json.loads(rows[line - 1])
+    changed = edit(row)
+    rows[line - 1] = changed if isinstance(changed, str) else json.dumps(row)
+    path.write_text("\n".join(rows) + "\n")
+
+
+def run_refused(drift: Drift, base: Path, *words: object) -> str:
+    """The message of a `drift run` that must fail before anything was made."""
+    code, _, err = drift("run", base / "config.yaml", *words)
+    assert code == 2, err
+    assert err.startswith("error:")
+    assert "Traceback" not in err
+    left = {p.name for p in (base / "run").rglob("*")} if (base / "run").exists() else set()
+    assert not left & {"hf", "completions.jsonl", "pairs.train.jsonl"}, left
+    return err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "edit,words",
+    [
+        (lambda row: "{not json", "dsat.jsonl:3: not JSON"),
+        (lambda row: row.pop("rejected"), "dsat.jsonl:3: missing rejected"),
+        (lambda row: row["prompt"][0].update(role="assistant"), "dsat.jsonl:3: prompt roles"),
+        (lambda row: row["rejected"][0].update(content=" "), "dsat.jsonl:3: rejected[0].content is empty"),
+        (lambda row: row.update(id="d0"), "dsat.jsonl:3: id 'd0' is already the id of line 1"),
+    ],
+)
+def test_bad_rows(drift: Drift, base: Path, edit: Callable[[dict], object], words: str) -> None:
+    edit_rows(base / "dsat.jsonl", 3, lambda row: edit(row) if isinstance(edit(dict(row)), str) else (edit(row), None)[1])
+    assert words in run_refused(drift, base)
+
+
+def test_bad_rows_are_reported_together_and_can_be_skipped(drift: Drift, base: Path) -> None:
+    for line in (2, 5):
+        edit_rows(base / "dsat.jsonl", line, lambda row: "[]")
+    message = run_refused(drift, base)
+    assert "dsat.jsonl:2" in message and "dsat.jsonl:5" in message and "--on-bad-row skip" in message
+    code, out, err = drift(
+        "sample", base / "config.yaml", "--model", base / "model", "--input", base / "dsat.jsonl",
+        "--out", base / "out", "--on-bad-row", "skip",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((base / "out/drops.json").read_text())["counts"]["bad row"] == 2
+    assert len((base / "out/pairs.train.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_pair_without_chosen(drift: Drift, base: Path) -> None:
+    edit_rows(base / "pairs/pairs.train.jsonl", 2, lambda row: row.pop("chosen"))
+    words = ("train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out")
+    code, _, err = drift(*words)
+    assert code == 2 and "pairs.train.jsonl:2: missing chosen" in err.replace("\n", "")
+    assert not (base / "out").exists()
+
+
+def test_a_git_lfs_pointer(drift: Drift, base: Path) -> None:
+    (base / "dsat.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in run_refused(drift, base)
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("train.betta=0.1", "train.betta: unknown key. Did you mean train.beta?"),
+        ("train.beta=lots", "train.beta: Input should be a valid number, found 'lots'"),
+        ("data.max_prompt_length=128", "data.max_prompt_length (128) must be below data.max_length (128)"),
+        ("train.batch_size=12", "12 pairs cannot be split over 8 devices"),
+        ("sampling.batch_size=12", "sampling.batch_size (12) cannot be split over 8 devices"),
+        ("mesh.tensor=3", "8 devices cannot be divided by 3"),
+        ("data.dsat=nowhere.jsonl", "no file at nowhere.jsonl"),
+        ("tracking.trackers=[mlflow]", "tracking.trackers.0"),
+    ],
+)
+def test_bad_config(drift: Drift, base: Path, override: str, words: str) -> None:
+    assert words in run_refused(drift, base, "--set", override)
+
+
+def test_no_config_and_no_model(drift: Drift, base: Path) -> None:
+    assert "no config file" in drift("run", base / "nothing.yaml")[2]
+    assert "no model directory" in run_refused(drift, base, "--set", f"model.path={base / 'nothing'}").replace("  ", " ")
+
+
+def remove_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def truncate_weights(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_architecture(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gpt2"}))
+
+
+def shrink_vocabulary(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
+
+
+@pytest.mark.parametrize(
+    "spoil,words",
+    [
+        (remove_weights, "pytorch_model.bin: pickles can run code"),
+        (truncate_weights, "not a whole safetensors file"),
+        (change_architecture, "architecture 'gpt2'"),
+        (shrink_vocabulary, "the model has embeddings for 100"),
+    ],
+)
+def test_bad_models(drift: Drift, base: Path, spoil: Callable[[Path], None], words: str) -> None:
+    spoil(base / "model")
+    assert words in run_refused(drift, base)
+
+
+def test_markup_in_a_message_stays_text(drift: Drift, base: Path) -> None:
+    assert "[bold]" in run_refused(drift, base, "--set", "train.optimizer='[bold]x'")
+
+
+def test_train_and_export_alone(drift: Drift, base: Path) -> None:
+    code, out, err = drift(
+        "train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out"
+    )
+    assert code == 0, err
+    assert (base / "out/hf/model.safetensors").exists()
+    code, _, err = drift("export", base / "out/checkpoints", "--model", base / "model", "--out", base / "again")
+    assert code == 0, err
+    assert (base / "again/config.json").exists()
+    code, _, err = drift("export", base / "model", "--model", base / "model", "--out", base / "third")
+    assert code == 2 and "holds no whole checkpoint" in err.replace("\n", " ")

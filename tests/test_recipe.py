@@ -1,0 +1,196 @@
+"""The whole recipe on a tiny model: what it leaves behind, that it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import drift_jax.stages.sample as sample_stages
+from drift_jax.config import RunConfig, build_config
+from drift_jax.data.pairs import tokenize_pair
+from drift_jax.data.tokenizer import load_tokenizer
+from drift_jax.errors import DataError, StageError
+from drift_jax.recipe import run
+from drift_jax.records import read_pairs
+from drift_jax.telemetry import read_metrics
+from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
+
+STAGES = ["seed/train", "seed/export"] + [
+    f"iter_{k}/{stage}" for k in (1, 2) for stage in ("sample", "pair", "train", "export")
+]
+
+
+def make_config(base: Path, run_dir: Path, **changes: dict) -> RunConfig:
+    raw = {
+        "run_dir": str(run_dir),
+        "model": {"path": str(base / "model"), "compute_dtype": "float32", "remat": "none"},
+        "data": {
+            "dsat": str(base / "dsat.jsonl"),
+            "seed_train": str(base / "seed.train.jsonl"),
+            "seed_test": str(base / "seed.test.jsonl"),
+            "test_rows": 4,
+            "max_length": 128,
+            "max_prompt_length": 100,
+        },
+        "recipe": {"iterations": 2, "seed_epochs": 1, "showcase_prompts": ["Hello?"]},
+        "sampling": {"max_new_tokens": 12, "max_input_length": 128, "batch_size": 16, "compute_dtype": "float32"},
+        "train": {"batch_size": 8, "learning_rate": 1e-4},
+        "checkpoint": {"every_steps": 1, "keep": 1},
+        "export": {"dtype": "float32"},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    }
+    for section, keys in changes.items():
+        raw[section] |= keys
+    return build_config(raw)
+
+
+def run_quietly(config: RunConfig) -> str:
+    out = io.StringIO()
+    run(config, Console(file=out, width=160))
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("recipe")
+    build_tiny_policy(base / "model", tied=True)
+    write_dsat(base / "dsat.jsonl", 16)
+    write_pairs(base / "seed.train.jsonl", 8)
+    write_pairs(base / "seed.test.jsonl", 4, start=8)
+    return base
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path) -> tuple[Path, str]:
+    return base / "run", run_quietly(make_config(base, base / "run"))
+
+
+def test_every_stage_leaves_its_files(finished: tuple[Path, str]) -> None:
+    run_dir, output = finished
+    manifest = json.loads((run_dir / "manifest.json").read_text())["stages"]
+    assert list(manifest) == [*STAGES, "showcase"]
+    assert all(entry["finished"] for entry in manifest.values())
+    for name in ("seed", "iter_1", "iter_2"):
+        for file in ("hf/model.safetensors", "hf/tokenizer.json", "metrics.jsonl", "eval.json", "ref_logps.npz"):
+            assert (run_dir / name / file).exists(), f"{name}/{file}"
+    assert len(read_pairs(run_dir / "iter_1/pairs.train.jsonl").records) == 12
+    assert len(read_pairs(run_dir / "iter_1/pairs.test.jsonl").records) == 4
+    assert "eval_rewards/margins" in output and str(run_dir / "iter_2/hf") in output.replace("\n", "")
+    assert {p.name for p in run_dir.rglob("*") if "tmp" in p.name or "partial" in p.name} == set()
+
+
+def test_metrics_have_the_names_of_trl_and_start_at_ln_2(finished: tuple[Path, str]) -> None:
+    rows = read_metrics(finished[0] / "iter_2")
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    assert names | {"logps/rejected", "nll_loss", "grad_norm", "learning_rate"} <= rows[0].keys()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["loss"] - 0.001 * rows[0]["nll_loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_sampled_ids_reach_training_as_they_are(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    completions = {row["id"]: row for row in map(json.loads, (run_dir / "iter_1/completions.jsonl").open())}
+    tokenizer = load_tokenizer(run_dir / "seed/hf")
+    for pair in read_pairs(run_dir / "iter_1/pairs.train.jsonl").records:
+        assert pair.meta["chosen_token_ids"] == completions[pair.id]["token_ids"]
+        assert tokenize_pair(pair, tokenizer, 100, 128).chosen_ids.tolist() == completions[pair.id]["token_ids"]
+        assert pair.meta["finish_reason"] in ("stop", "length") and pair.meta["policy"]
+
+
+def test_the_second_run_skips_everything(finished: tuple[Path, str], base: Path) -> None:
+    run_dir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.safetensors")}
+    output = run_quietly(make_config(base, run_dir))
+    assert output.count("finished before, skipped") == len(STAGES) + 1
+    assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.safetensors")} == before
+
+
+def test_a_changed_key_is_refused_with_both_values(finished: tuple[Path, str], base: Path) -> None:
+    with pytest.raises(StageError, match=r"(?s)seed/train.*train.beta: was 0.1, is now 0.2.*--run-dir"):
+        run(make_config(base, finished[0], train={"beta": 0.2}), Console(file=io.StringIO()))
+
+
+def test_a_key_that_shapes_nothing_may_change(finished: tuple[Path, str], base: Path) -> None:
+    output = run_quietly(make_config(base, finished[0], mesh={"data": 1, "fsdp": 8, "tensor": 1}))
+    assert output.count("finished before, skipped") == len(STAGES) + 1
+
+
+def test_changed_input_is_refused(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
+    other = write_dsat(tmp_path / "dsat.jsonl", 16, start=1)
+    with pytest.raises(StageError, match=r"iter_1/sample.*\n.*input dsat: was"):
+        run(make_config(base, finished[0], data={"dsat": str(other)}), Console(file=io.StringIO()))
+
+
+def test_more_iterations_go_on_from_the_last_policy(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    # The copied hashes are of other paths, but of the same content.
+    output = run_quietly(make_config(base, run_dir, recipe={"iterations": 3, "showcase_prompts": []}))
+    assert output.count("finished before, skipped") == len(STAGES)
+    assert (run_dir / "iter_3/hf/model.safetensors").exists()
+
+
+def test_an_interrupted_sampling_goes_on_from_its_journal(
+    finished: tuple[Path, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after one batch of four, torn line included: the rest is sampled, and the file is the same."""
+    config = make_config(
+        base, tmp_path / "run", sampling={"batch_size": 4}, data={"seed_train": None}, recipe={"iterations": 1}
+    )
+    out, quiet = tmp_path / "run/iter_1", Console(file=io.StringIO())
+    expected = tmp_path / "expected"
+    sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), expected, quiet)
+
+    def die_after_one_batch(self: object, requests: list, params: object, on_batch: object) -> None:
+        real(self, requests[:4], params, on_batch)
+        raise KeyboardInterrupt
+
+    real = sample_stages.LocalSampler.sample
+    monkeypatch.setattr(sample_stages.LocalSampler, "sample", die_after_one_batch)
+    with pytest.raises(KeyboardInterrupt):
+        sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), out, quiet)
+    journal = out / "completions.partial.jsonl"
+    assert len(journal.read_text().splitlines()) == 4
+    with journal.open("a") as file:
+        file.write('{"id": "d7", "samp')
+    counted = []
+
+    def count(self: object, requests: list, params: object, on_batch: object) -> None:
+        counted.append(len(requests))
+        real(self, requests, params, on_batch)
+
+    monkeypatch.setattr(sample_stages.LocalSampler, "sample", count)
+    sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), out, quiet)
+    assert counted == [12]
+    assert (out / "completions.jsonl").read_bytes() == (expected / "completions.jsonl").read_bytes()
+
+
+def test_unusable_completions_are_counted_with_their_reason(base: Path, tmp_path: Path) -> None:
+    config = make_config(base, tmp_path / "run")
+    out = tmp_path / "out"
+    out.mkdir()
+    records = [json.loads(line) for line in (base / "dsat.jsonl").read_text().splitlines()]
+    texts = {r["id"]: "A better reply." for r in records}
+    texts["d4"], texts["d5"] = "  ", records[5]["rejected"][0]["content"] + "\n"
+    rows = [
+        {"id": i, "sample": 0, "text": text, "token_ids": [70, 71], "finish_reason": "length"}
+        for i, text in texts.items()
+        if i != "d6"
+    ]
+    (out / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = sample_stages.pair_stage(config, "hash", str(base / "dsat.jsonl"), out)
+    assert summary["pairs"] == 9
+    assert summary["drops"] == {"bad row": 0, "empty": 1, "same as rejected": 1, "not encodable": 1}
+    assert {row["id"] for row in json.loads((out / "drops.json").read_text())["rows"]} == {"d4", "d5", "d6"}
+
+
+def test_holding_out_every_row_is_refused(base: Path, tmp_path: Path) -> None:
+    config = make_config(base, tmp_path / "run", data={"seed_train": None, "test_rows": 16})
+    with pytest.raises(DataError, match="has 16 usable rows and data.test_rows holds 16 of them out"):
+        run(config, Console(file=io.StringIO()))
