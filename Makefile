@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 ALL_EXTRAS := test,dev
 MODEL ?=
 ARGS ?=
+WORKERS ?= 2
 
 # $(call pip_install,VENV,WHAT): large downloads are shown as they start; all else goes to VENV/pip.log.
 define pip_install
@@ -26,7 +27,7 @@ help:
 	@echo "make quickstart   the whole loop on a small model and real complaints, in about 10 minutes"
 	@echo "                  (MODEL=Qwen/Qwen2.5-0.5B-Instruct takes a model from the Hugging Face hub instead)"
 	@echo "make setup        .venv with everything for working on the code"
-	@echo "make test         all tests; ARGS='-k losses' picks some"
+	@echo "make test         all tests; ARGS='-k losses' picks some, WORKERS=8 runs more at a time"
 	@echo "make check        style, layers, types"
 	@echo "make fmt          formats the code and mends what can be mended"
 	@echo "make smoke        the loop on a tiny model, on Python 3.12 with the newest jax"
@@ -70,7 +71,7 @@ else
 endif
 
 test: $(VENV)/.installed-all
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/.installed-all
 	@$(BIN)/ruff check .

@@ -92,7 +92,7 @@ def train(
     overrides: Overrides = None,
     on_bad_row: OnBadRow = None,
 ) -> None:
-    """One DPO stage on pairs, with its checkpoints, metrics and a Hugging Face directory in OUT/hf. Run again to resume."""
+    """One DPO stage on pairs: checkpoints, metrics and a Hugging Face directory in OUT/hf. Run again to resume."""
     from drift_jax.models.hf import resolve_model
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage

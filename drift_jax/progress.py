@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
@@ -204,9 +205,11 @@ SUMMARY_COLUMNS = (
 
 def summary_table(rows: Sequence[StageSummary], title: str | None = None) -> Table:
     """The closing table for a rich console."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     for column in SUMMARY_COLUMNS:
-        table.add_column(column, justify="left" if column in ("stage", "drops") else "right", overflow="fold")
+        header = column.replace("eval_rewards/", "eval_\nrewards/\n")
+        left = column in ("stage", "drops")
+        table.add_column(header, justify="left" if left else "right", no_wrap=column != "drops", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row.cells()))
     return table

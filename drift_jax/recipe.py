@@ -24,16 +24,19 @@ from rich.panel import Panel
 from rich.text import Text
 
 from drift_jax.config import RunConfig, config_to_yaml
-from drift_jax.errors import ConfigError, StageError
+from drift_jax.errors import ConfigError
 from drift_jax.manifest import Manifest, RunLock, config_slice
-from drift_jax.models.hf import resolve_model
+from drift_jax.models.hf import load_qwen_config, resolve_model
+from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.progress import StageSummary, summary_markdown, summary_table
+from drift_jax.records import read_pairs
+from drift_jax.sharding import build_mesh, check_batch, check_sampling_batch
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.export import export_stage
-from drift_jax.stages.inputs import Summary
+from drift_jax.stages.inputs import Summary, load_dsat_split, open_tokenizer
 from drift_jax.stages.sample import pair_stage, sample_stage
 from drift_jax.stages.showcase import showcase_stage
-from drift_jax.telemetry import peak_rss_gib
+from drift_jax.telemetry import check_trackers, peak_rss_gib
 
 # The keys that shape what a stage makes. Others (mesh, remat, checkpoint, tracking) may change between two calls.
 _SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
@@ -53,9 +56,10 @@ def run(config: RunConfig, console: Console) -> Path:
     if not jax.config.jax_compilation_cache_dir:
         # An iteration compiles what the one before compiled; so does a run that is resumed.
         jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
+    initial = resolve_model(config.model.path, config.model.revision)
+    check_run(config, initial)
     with RunLock(run_dir):
         recipe = Recipe(config, run_dir, console)
-        initial = resolve_model(config.model.path, config.model.revision)
         policy = initial
         if config.data.seed_train:
             policy = recipe.seed(policy)
@@ -63,6 +67,26 @@ def run(config: RunConfig, console: Console) -> Path:
             policy = recipe.iterate(iteration, policy, initial)
         recipe.show(initial, policy)
     return policy
+
+
+def check_run(config: RunConfig, model_dir: Path) -> None:
+    """Finds what would stop a later stage before the first one has cost any time.
+
+    Raises:
+      DriftError: the mesh does not fit the devices, the batches or the model; the tokenizer does not fit the model;
+        a tracker is not installed; an input file is missing or has bad rows.
+    """
+    mesh = build_mesh(config.mesh)
+    check_batch(mesh, config.train.batch_size, config.train.accumulation_steps)
+    if config.recipe.iterations:
+        check_sampling_batch(mesh, config.sampling.batch_size)
+    param_shardings(declare_qwen(load_qwen_config(model_dir))[1], mesh)
+    check_trackers(config.tracking.trackers)
+    open_tokenizer(model_dir)
+    for path in filter(None, (config.data.seed_train, config.data.seed_test)):
+        read_pairs(path, config.data.on_bad_row)
+    if config.recipe.iterations:
+        load_dsat_split(config, config.data.dsat)
 
 
 @final
@@ -92,7 +116,7 @@ class Recipe:
         """One iteration: sample, pair, train, export. Returns policy_k."""
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
         dsat = Path(self.config.data.dsat)
-        inputs = {"dsat": self._hash(dsat), "policy": self.manifest.model_hash(policy)}
+        inputs = {"dsat": self.manifest.file_hash(dsat), "policy": self.manifest.model_hash(policy)}
         keys = config_slice(self.config, _SAMPLE_KEYS, _NOT_SHAPING)
         self._stage(
             f"{name}/sample", keys, inputs, lambda: sample_stage(self.config, policy, str(dsat), out_dir, self.console)
@@ -126,12 +150,12 @@ class Recipe:
 
     def _train_and_export(self, name: str, job: TrainJob) -> Path:
         inputs = {
-            "train pairs": self._hash(job.train_pairs),
+            "train pairs": self.manifest.file_hash(job.train_pairs),
             "policy": self.manifest.model_hash(job.model_dir),
             "reference": self.manifest.model_hash(job.reference_dir),
         }
         if job.test_pairs is not None:
-            inputs["test pairs"] = self._hash(job.test_pairs)
+            inputs["test pairs"] = self.manifest.file_hash(job.test_pairs)
         keys = config_slice(self.config, _TRAIN_KEYS, _NOT_SHAPING) | {"epochs": job.epochs}
         self._stage(f"{name}/train", keys, inputs, lambda: train_stage(self.config, job, self.console))
         hf, keys = job.out_dir / "hf", config_slice(self.config, ("export.",))
@@ -168,11 +192,6 @@ class Recipe:
                 seconds=s.get("seconds"),
             )
         )
-
-    def _hash(self, path: Path) -> str:
-        if not path.is_file():
-            raise StageError(f"no file at {path}. Look at the data section of the config.")
-        return self.manifest.file_hash(path)
 
     def _log(self, stage: str, event: str) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stage": stage, "event": event}

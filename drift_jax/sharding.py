@@ -150,3 +150,13 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:
             f"cannot be split over {ways} devices (mesh {dict(mesh.shape)}: data x fsdp). "
             f"Make train.batch_size a multiple of {ways * accumulation_steps}, or change the mesh."
         )
+
+
+def check_sampling_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises `ConfigError` when the rows that are decoded together cannot be split evenly over the mesh."""
+    ways = batch_ways(mesh)
+    if batch_size % ways:
+        raise ConfigError(
+            f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
+            f"(mesh {dict(mesh.shape)}: data x fsdp). Make it a multiple of {ways}, or change the mesh."
+        )

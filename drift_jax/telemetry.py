@@ -32,6 +32,12 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TRACKER_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raises `ConfigError` for a tracker that is unknown or whose package is not installed."""
+    for name in trackers:
+        _import_tracker(name)
+
+
 class MetricsWriter:
     """Appends one JSON object per call to `directory/metrics.jsonl`, and copies it to the trackers.
 

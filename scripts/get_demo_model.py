@@ -114,8 +114,7 @@ def get_demo_model(out: Path, cache: Path) -> None:
         )
     if gguf is None:
         raise StageError(
-            "the package gguf, which reads the quantised weights, is not installed. "
-            "Run: pip install 'drift-jax[demo]'"
+            "the package gguf, which reads the quantised weights, is not installed. Run: pip install 'drift-jax[demo]'"
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -285,9 +284,7 @@ def qwen2_tensors(reader: gguf.GGUFReader, metadata: dict[str, Any]) -> Iterator
         ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
         yield take(ours + "input_layernorm.weight", theirs + "attn_norm.weight")
         for part in ("q", "k", "v"):
-            weight = take(
-                f"{ours}self_attn.{part}_proj.weight", f"{theirs}attn_{part}.weight", heads.get(part)
-            )
+            weight = take(f"{ours}self_attn.{part}_proj.weight", f"{theirs}attn_{part}.weight", heads.get(part))
             yield weight
             yield zeros(f"{ours}self_attn.{part}_proj.bias", weight.shape[0])
         yield take(ours + "self_attn.o_proj.weight", theirs + "attn_output.weight")
@@ -296,9 +293,7 @@ def qwen2_tensors(reader: gguf.GGUFReader, metadata: dict[str, Any]) -> Iterator
             yield take(f"{ours}mlp.{part}_proj.weight", f"{theirs}ffn_{part}.weight")
     yield take("model.norm.weight", "output_norm.weight")
     if stored:
-        raise ModelError(
-            f"the GGUF file has tensors that a Qwen2 checkpoint has no place for: {sorted(stored)}."
-        )
+        raise ModelError(f"the GGUF file has tensors that a Qwen2 checkpoint has no place for: {sorted(stored)}.")
 
 
 def unpermute(weight: Float32[np.ndarray, "rows D"], heads: int) -> Float32[np.ndarray, "rows D"]:
@@ -343,9 +338,7 @@ def write_safetensors(tensors: list[Tensor], path: Path) -> None:
 def write_values(tensor: Tensor, file: IO[bytes]) -> None:
     value = tensor.load()
     if value.shape != tensor.shape or value.dtype != np.float32:
-        raise ModelError(
-            f"tensor {tensor.name!r} must be float32 {tensor.shape}, found {value.dtype} {value.shape}."
-        )
+        raise ModelError(f"tensor {tensor.name!r} must be float32 {tensor.shape}, found {value.dtype} {value.shape}.")
     file.write(np.ascontiguousarray(value).astype("<f4", copy=False).data)
 
 

@@ -107,9 +107,7 @@ def make_sample_data(source: Path, model: Path, out: Path) -> None:
     records = read_dsat(source).records
     check_tables(records)
     count = token_counter(model)
-    usable = [
-        record for record in records if record.id not in SET_ASIDE and fits(record, record.rejected, count)
-    ]
+    usable = [record for record in records if record.id not in SET_ASIDE and fits(record, record.rejected, count)]
     usable = cap_groups(usable)
     seedable = {record.id for record in usable if can_seed(record, count)}
 
@@ -124,9 +122,7 @@ def make_sample_data(source: Path, model: Path, out: Path) -> None:
     wanted = {"training": (len(train), TRAIN_ROWS), "seed": (len(seed_train), SEED_TRAIN_ROWS)}
     for name, (found, needed) in wanted.items():
         if found < needed:
-            raise DataError(
-                f"{needed} {name} rows are wanted, {found} are left. Lower the number in this script."
-            )
+            raise DataError(f"{needed} {name} rows are wanted, {found} are left. Lower the number in this script.")
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "dsat.jsonl", map(sample_row, by_hash(held_out) + by_hash(train)))
     write_jsonl(out / "seed.train.jsonl", map(seed_row, by_hash(seed_train)))
@@ -163,22 +159,13 @@ def fits(record: DsatRecord, reply: str, count: Callable[..., int]) -> bool:
     """Whether prompt and `reply` are within the limits."""
     prompt_tokens = count(record.prompt, add_generation_prompt=True)
     total = count([*record.prompt, Message("assistant", reply)])
-    return (
-        prompt_tokens <= MAX_PROMPT_TOKENS
-        and total <= MAX_TOKENS
-        and total - prompt_tokens >= MIN_REPLY_TOKENS
-    )
+    return prompt_tokens <= MAX_PROMPT_TOKENS and total <= MAX_TOKENS and total - prompt_tokens >= MIN_REPLY_TOKENS
 
 
 def can_seed(record: DsatRecord, count: Callable[..., int]) -> bool:
     """Whether the reply after the complaint may stand as the chosen response to the original prompt."""
     later = record.extra["next_assistant"]
-    return (
-        later is not None
-        and record.id not in NO_SEED
-        and not APOLOGY.match(later)
-        and fits(record, later, count)
-    )
+    return later is not None and record.id not in NO_SEED and not APOLOGY.match(later) and fits(record, later, count)
 
 
 def cap_groups(records: Iterable[DsatRecord]) -> list[DsatRecord]:
@@ -228,9 +215,7 @@ def take_families(
             taken += family
             families.remove(family)
     if any(missing.values()):
-        raise DataError(
-            f"{wanted} rows are wanted, still missing {missing}. Lower the number in this script."
-        )
+        raise DataError(f"{wanted} rows are wanted, still missing {missing}. Lower the number in this script.")
     return taken
 
 
@@ -241,9 +226,7 @@ def by_hash(records: Iterable[DsatRecord]) -> list[DsatRecord]:
 
 def sample_row(record: DsatRecord) -> dict:
     provenance = {key: record.extra[key] for key in ("source", "license", "group")}
-    return dsat_to_row(
-        DsatRecord(record.id, record.prompt, record.rejected, record.user_preference, provenance)
-    )
+    return dsat_to_row(DsatRecord(record.id, record.prompt, record.rejected, record.user_preference, provenance))
 
 
 def seed_row(record: DsatRecord) -> dict:

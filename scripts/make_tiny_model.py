@@ -1,6 +1,6 @@
 """Writes a tiny random Qwen2 with a byte-level tokenizer: enough for the whole loop, in a second, without a download.
 
-    python scripts/make_tiny_model.py [--out .cache/tiny_model]
+python scripts/make_tiny_model.py [--out .cache/tiny_model]
 """
 
 from __future__ import annotations

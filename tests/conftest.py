@@ -17,6 +17,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Eight devices, for every mesh of up to eight; an array without a sharding stays on the first one.
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile the same small programs again and again: across files, processes and runs.
+jax.config.update("jax_compilation_cache_dir", str(REPO / ".cache" / "jax_test"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 

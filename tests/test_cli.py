@@ -94,7 +94,9 @@ def run_refused(drift: Drift, base: Path, *words: object) -> str:
     ],
 )
 def test_bad_rows(drift: Drift, base: Path, edit: Callable[[dict], object], words: str) -> None:
-    edit_rows(base / "dsat.jsonl", 3, lambda row: edit(row) if isinstance(edit(dict(row)), str) else (edit(row), None)[1])
+    edit_rows(
+        base / "dsat.jsonl", 3, lambda row: edit(row) if isinstance(edit(dict(row)), str) else (edit(row), None)[1]
+    )
     assert words in run_refused(drift, base)
 
 
@@ -134,7 +136,7 @@ def test_a_git_lfs_pointer(drift: Drift, base: Path) -> None:
         ("train.batch_size=12", "12 pairs cannot be split over 8 devices"),
         ("sampling.batch_size=12", "sampling.batch_size (12) cannot be split over 8 devices"),
         ("mesh.tensor=3", "8 devices cannot be divided by 3"),
-        ("data.dsat=nowhere.jsonl", "no file at nowhere.jsonl"),
+        ("data.dsat=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("tracking.trackers=[mlflow]", "tracking.trackers.0"),
     ],
 )
@@ -144,7 +146,9 @@ def test_bad_config(drift: Drift, base: Path, override: str, words: str) -> None
 
 def test_no_config_and_no_model(drift: Drift, base: Path) -> None:
     assert "no config file" in drift("run", base / "nothing.yaml")[2]
-    assert "no model directory" in run_refused(drift, base, "--set", f"model.path={base / 'nothing'}").replace("  ", " ")
+    assert "no model directory" in run_refused(drift, base, "--set", f"model.path={base / 'nothing'}").replace(
+        "  ", " "
+    )
 
 
 def remove_weights(model: Path) -> None:

@@ -81,7 +81,7 @@ def test_every_stage_leaves_its_files(finished: tuple[Path, str]) -> None:
             assert (run_dir / name / file).exists(), f"{name}/{file}"
     assert len(read_pairs(run_dir / "iter_1/pairs.train.jsonl").records) == 12
     assert len(read_pairs(run_dir / "iter_1/pairs.test.jsonl").records) == 4
-    assert "eval_rewards/margins" in output and str(run_dir / "iter_2/hf") in output.replace("\n", "")
+    assert "margins" in output and str(run_dir / "iter_2/hf") in output.replace("\n", "")
     assert {p.name for p in run_dir.rglob("*") if "tmp" in p.name or "partial" in p.name} == set()
 
 

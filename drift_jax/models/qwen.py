@@ -251,7 +251,7 @@ class Qwen(nnx.Module):
         slot: Int[Array, ""],
         mask: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B D"], KVCache]:
-        """One token per row: writes cache slot `slot` and attends to the slots that `mask` allows (its own included)."""
+        """One token per row: writes cache slot `slot` and attends where `mask` is True (its own slot included)."""
         rope = build_rope(positions[:, None], self.config.head_dim, self.config.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
 

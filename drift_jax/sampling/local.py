@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from drift_jax.errors import ConfigError
 from drift_jax.models.policy import Policy, bind
 from drift_jax.models.qwen import KVCache
 from drift_jax.sampling.base import Completion, OnBatch, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.draw import draw_tokens, row_keys, row_words
-from drift_jax.sharding import batch_ways, build_sharding
+from drift_jax.sharding import batch_ways, build_sharding, check_sampling_batch
 
 _SHORTEST_BUCKET = 64
 
@@ -91,12 +90,8 @@ class LocalSampler(Sampler):
     """Samples with the policy's weights in this process."""
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
-        self.ways = ways = batch_ways(policy.mesh)
-        if batch_size % ways:
-            raise ConfigError(
-                f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
-                f"(mesh {dict(policy.mesh.shape)}: data x fsdp). Make it a multiple of {ways}."
-            )
+        check_sampling_batch(policy.mesh, batch_size)
+        self.ways = batch_ways(policy.mesh)
         self.policy = policy
         self.batch_size = batch_size
         self._generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1)

@@ -58,9 +58,7 @@ def test_round_trip_is_bit_identical(tmp_path: Path, kind: str, tied: bool, dtyp
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_round_trip_over_a_mesh_and_many_shards(
-    model_dir: Path, tmp_path: Path, sizes: tuple[int, int, int]
-) -> None:
+def test_round_trip_over_a_mesh_and_many_shards(model_dir: Path, tmp_path: Path, sizes: tuple[int, int, int]) -> None:
     mesh = build_mesh(MeshConfig(*sizes))
     save_hf(load_params(model_dir, mesh), model_dir, tmp_path / "out", "float32", max_shard_gib=1e-4)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
@@ -91,9 +89,7 @@ def test_missing_and_left_over_tensors_are_named(model_dir: Path) -> None:
 
 def test_a_wrong_shape_is_named(model_dir: Path) -> None:
     edit_config(model_dir, intermediate_size=128)
-    with pytest.raises(
-        ModelError, match=r"up_proj.weight has shape \(96, 64\), config.json means \(128, 64\)"
-    ):
+    with pytest.raises(ModelError, match=r"up_proj.weight has shape \(96, 64\), config.json means \(128, 64\)"):
         load_params(model_dir, single_mesh())
 
 
@@ -113,9 +109,7 @@ def test_pickles_are_refused(model_dir: Path) -> None:
 def test_a_missing_shard_is_named(model_dir: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ModelError, match=r"model-00002-of-00002.safetensors is named by the index file but missing"
-    ):
+    with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors is named by the index file but missing"):
         load_params(model_dir, single_mesh())
 
 

@@ -113,9 +113,7 @@ def test_token_logps_equal_log_softmax_for_every_chunk(model_dir: Path, chunk: i
     hidden = model.hidden(ids[:, :-1], positions_like(ids[:, :-1]))
     expected = torch.log_softmax(torch.from_numpy(torch_logits(model_dir, np.asarray(ids))).double(), -1)
     expected = expected[:, :-1].gather(-1, torch.from_numpy(np.asarray(ids))[:, 1:, None])[..., 0]
-    np.testing.assert_allclose(
-        token_logps(hidden, model.output_table, ids[:, 1:], chunk), expected, atol=2e-5
-    )
+    np.testing.assert_allclose(token_logps(hidden, model.output_table, ids[:, 1:], chunk), expected, atol=2e-5)
 
 
 def test_decode_with_a_cache_equals_the_whole_forward(model_dir: Path) -> None:

@@ -43,7 +43,11 @@ def test_greedy_tokens_equal_transformers_generate(model_dir: Path) -> None:
     ours = LocalSampler(open_policy(model_dir), 4).sample(requests(), GREEDY)
     for request, completion in zip(requests(), ours, strict=True):
         out = model.generate(
-            torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=24, eos_token_id=list(EOS), pad_token_id=0
+            torch.tensor([request.prompt_ids]),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=list(EOS),
+            pad_token_id=0,
         )
         assert list(completion.token_ids) == out[0, len(request.prompt_ids) :].tolist(), request.row_id
 
