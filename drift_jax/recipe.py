@@ -53,7 +53,7 @@ def run(config: RunConfig, console: Console) -> Path:
     if not config.data.dsat and config.recipe.iterations:
         raise ConfigError("data.dsat is empty: name a JSONL file of DSAT records, or set recipe.iterations to 0.")
     run_dir = Path(config.run_dir)
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         # An iteration compiles what the one before compiled; so does a run that is resumed.
         jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
     initial = resolve_model(config.model.path, config.model.revision)

@@ -45,9 +45,9 @@ Metrics = dict[str, Float[Array, ""]]
 class TrainState(NamedTuple):
     """Everything an update changes."""
 
-    params: dict[str, Any]
+    params: Any  # nested dict
     opt_state: optax.OptState
-    step: Int[Array, ""]
+    step: Any  # int32 scalar
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Trainer:
 
     def compiled_shapes(self) -> int:
         """How many programs the update was compiled to: one per row length, no more."""
-        return self._step._cache_size()
+        return self._step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def score_pairs(
         self, params: dict[str, Any], loader: PairLoader, on_batch: Callable[[int], None] | None = None

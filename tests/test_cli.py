@@ -105,7 +105,7 @@ def test_bad_rows_are_reported_together_and_can_be_skipped(drift: Drift, base: P
         edit_rows(base / "dsat.jsonl", line, lambda row: "[]")
     message = run_refused(drift, base)
     assert "dsat.jsonl:2" in message and "dsat.jsonl:5" in message and "--on-bad-row skip" in message
-    code, out, err = drift(
+    code, _, err = drift(
         "sample", base / "config.yaml", "--model", base / "model", "--input", base / "dsat.jsonl",
         "--out", base / "out", "--on-bad-row", "skip",
     )  # fmt: skip
@@ -189,7 +189,7 @@ def test_markup_in_a_message_stays_text(drift: Drift, base: Path) -> None:
 
 
 def test_train_and_export_alone(drift: Drift, base: Path) -> None:
-    code, out, err = drift(
+    code, _, err = drift(
         "train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out"
     )
     assert code == 0, err

@@ -149,7 +149,7 @@ def test_the_first_loss_is_ln_2_and_then_it_falls(model_dir: Path) -> None:
     ref = trainer.score_pairs(params, loader).logps
     loader = dataclasses.replace(loader, ref_logps=ref)
     state, history = trainer.init_state(params), []
-    for state, _, metrics, tokens in trainer.fit(state, loader, 10):  # noqa: B020
+    for _, _, metrics, tokens in trainer.fit(state, loader, 10):
         history.append(host_metrics(metrics))
         assert tokens == sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     check_first_loss(history[0], CONFIG)

@@ -1,4 +1,4 @@
-"""Tokenised pairs of random ids, and a whole tiny model directory with a tokenizer, for tests of the step and stages."""
+"""Tokenised pairs of random ids, and a tiny model directory with a tokenizer, for tests of the step and the stages."""
 
 from __future__ import annotations
 

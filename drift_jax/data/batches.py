@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from drift_jax.data.pairs import TokenizedPair
-from drift_jax.sharding import build_sharding
+from drift_jax.sharding import Dims, build_sharding
 
 # Rows are padded to one of few lengths, so that few programs are compiled.
 _SHORTEST_BUCKET = 128
@@ -27,20 +27,22 @@ class PairBatch(NamedTuple):
     """One update's pairs in the plain layout: a row is prompt + completion, padded on the right.
 
     A is the number of micro-batches (accumulation steps), B the pairs of a micro-batch, side 0 chosen and 1
-    rejected. Padding is known by position, never by id: the pad id may be a real token.
+    rejected. Padding is known by position, never by id: the pad id may be a real token. The arrays are numpy's
+    until `put_batch` places them.
     """
 
-    ids: Int[Array, "A B 2 T"]
-    completion_mask: Bool[Array, "A B 2 T"]  # ids[..., t] belongs to the completion (its end token included)
-    real: Bool[Array, "A B"]  # False for pairs that only fill the last batch of an epoch
-    ref_logps: Float[Array, "A B 2"]  # nats, summed over the completion; zeros before the reference pass
+    ids: Int[Any, "A B 2 T"]
+    completion_mask: Bool[Any, "A B 2 T"]  # ids[..., t] belongs to the completion (its end token included)
+    real: Bool[Any, "A B"]  # False for pairs that only fill the last batch of an epoch
+    ref_logps: Float[Any, "A B 2"]  # nats, summed over the completion; zeros before the reference pass
 
 
-_DIMS = PairBatch(
-    ids=(None, "batch", "pair", "length"),
-    completion_mask=(None, "batch", "pair", "length"),
-    real=(None, "batch"),
-    ref_logps=(None, "batch", "pair"),
+# In the order of PairBatch's fields.
+_DIMS: tuple[Dims, ...] = (
+    (None, "batch", "pair", "length"),
+    (None, "batch", "pair", "length"),
+    (None, "batch"),
+    (None, "batch", "pair"),
 )
 
 

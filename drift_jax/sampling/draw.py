@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
 def row_words(requests: Iterable[tuple[str, int]]) -> UInt32[np.ndarray, "B 2"]:
@@ -17,10 +17,10 @@ def row_words(requests: Iterable[tuple[str, int]]) -> UInt32[np.ndarray, "B 2"]:
     return np.array([np.frombuffer(digest[:8], "<u4") for digest in digests], np.uint32).reshape(-1, 2)
 
 
-def row_keys(seed: int, words: UInt32[Array, "B 2"]) -> PRNGKeyArray[Array, "B"]:
+def row_keys(seed: int, words: UInt32[Array, "B 2"]) -> Key[Array, "B"]:
     """A key per row from (seed, row id, sample)."""
 
-    def one(pair: UInt32[Array, "2"]) -> PRNGKeyArray[Array, ""]:
+    def one(pair: UInt32[Array, "2"]) -> Key[Array, ""]:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1])
 
     return jax.vmap(one)(words)
@@ -68,7 +68,7 @@ def _largest_threshold(
 
 def draw_tokens(
     logits: Float[Array, "B V"],
-    keys: PRNGKeyArray[Array, "B"],
+    keys: Key[Array, "B"],
     temperature: float,
     top_k: int,
     top_p: float,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from drift_jax.models.policy import Policy, bind
 from drift_jax.models.qwen import KVCache
@@ -45,7 +45,7 @@ def generate(
     sampling: SamplingParams,
     ids: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    keys: PRNGKeyArray[Array, "B"],
+    keys: Key[Array, "B"],
 ) -> Int[Array, "B M"]:
     """Prompts, right-padded to T -> up to M = max_new_tokens new tokens each; after an EOS the row is filled with it.
 
