@@ -1,0 +1,93 @@
+"""Peak host memory of loading a Hugging Face directory, as one line of JSON.
+
+    python scripts/bench_load.py [--model .cache/demo_model] [--dtype float32] [--devices 1]
+
+The limit is 1.3 times the loaded parameters plus 0.5 GiB for the runtime. A fresh process measures, since the peak of
+a process never falls. `peer_peak_rss_gib` is transformers' `from_pretrained` in a process of its own, where torch is
+installed (--peer transformers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # runs from a checkout that is not installed
+
+
+def measure_ours(model: Path, dtype: str, devices: int) -> dict[str, float]:
+    """Loads in this process. Sizes in GiB, time in seconds."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    import jax.numpy as jnp
+
+    from drift_jax.config import MeshConfig
+    from drift_jax.models.hf import load_params
+    from drift_jax.sharding import build_mesh
+    from drift_jax.telemetry import peak_rss_gib
+
+    jnp.zeros(1).block_until_ready()
+    start_rss, start = peak_rss_gib(), time.monotonic()
+    params = jax.block_until_ready(load_params(model, build_mesh(MeshConfig()), dtype))
+    seconds = time.monotonic() - start
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**30
+    peak = peak_rss_gib()
+    limit = 1.3 * size + 0.5
+    return {
+        "params_gib": round(size, 3),
+        "runtime_gib": round(start_rss, 3),
+        "peak_rss_gib": round(peak, 3),
+        "limit_gib": round(limit, 3),
+        "ratio": round((peak - start_rss) / size, 3),
+        "fits": peak <= limit,
+        "seconds": round(seconds, 2),
+    }
+
+
+def measure_transformers(model: Path, dtype: str) -> dict[str, float]:
+    """The peer: transformers and torch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from drift_jax.telemetry import peak_rss_gib
+
+    start = time.monotonic()
+    AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    return {"peer_peak_rss_gib": round(peak_rss_gib(), 3), "peer_seconds": round(time.monotonic() - start, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=REPO / ".cache" / "demo_model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--devices", type=int, default=1, help="fake CPU devices that share the parameters")
+    parser.add_argument("--peer", choices=("none", "transformers"), default="none")
+    parser.add_argument("--child", choices=("ours", "transformers"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child == "ours":
+        print(json.dumps(measure_ours(args.model, args.dtype, args.devices)))
+    elif args.child == "transformers":
+        print(json.dumps(measure_transformers(args.model, args.dtype)))
+    else:
+        row = {
+            "bench": "load",
+            "model": args.model.name,
+            "dtype": args.dtype,
+            "devices": args.devices,
+            "peer": args.peer,
+        }
+        for child in ("ours", *(() if args.peer == "none" else (args.peer,))):
+            words = [sys.executable, __file__, *sys.argv[1:], "--child", child]
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            row |= json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
