@@ -70,13 +70,18 @@ def sample(
     """Samples chosen responses for DSAT records and writes pairs.train.jsonl and pairs.test.jsonl."""
     from drift_jax.manifest import Manifest
     from drift_jax.models.hf import resolve_model
+    from drift_jax.stages.identity import sample_identity
+    from drift_jax.stages.inputs import load_dsat_split
     from drift_jax.stages.sample import pair_stage, sample_stage
 
     resolved = _load(config, overrides, on_bad_row)
-    console, model_dir = Console(), resolve_model(model)
-    sampled = sample_stage(resolved, model_dir, str(input), out, console)
-    paired = pair_stage(resolved, Manifest(out).model_hash(model_dir), str(input), out)
-    console.print_json(data={**sampled, **paired})
+    console, model_dir, manifest = Console(), resolve_model(model), Manifest(out)
+    load_dsat_split(resolved, str(input))  # bad rows are refused before anything is written
+    keys, inputs = sample_identity(resolved, manifest, model_dir, input)
+    if not manifest.enter("sample", keys, inputs):
+        summary = sample_stage(resolved, model_dir, str(input), out, console)
+        manifest.finish("sample", summary | pair_stage(resolved, inputs["policy"], str(input), out))
+    console.print_json(data=manifest.summary("sample"))
 
 
 @app.command()
@@ -93,25 +98,25 @@ def train(
     on_bad_row: OnBadRow = None,
 ) -> None:
     """One DPO stage on pairs: checkpoints, metrics and a Hugging Face directory in OUT/hf. Run again to resume."""
+    from drift_jax.manifest import Manifest
     from drift_jax.models.hf import resolve_model
+    from drift_jax.records import read_pairs
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
+    from drift_jax.stages.identity import export_identity
 
     resolved = _load(config, overrides, on_bad_row)
-    console, model_dir = Console(), resolve_model(model)
+    console, model_dir, manifest = Console(), resolve_model(model), Manifest(out)
     reference_dir = resolve_model(reference) if reference else model_dir
-    test = pairs / "pairs.test.jsonl"
-    job = TrainJob(
-        model_dir=model_dir,
-        reference_dir=reference_dir,
-        train_pairs=pairs / "pairs.train.jsonl",
-        test_pairs=test if test.exists() else None,
-        out_dir=out,
-        epochs=resolved.train.epochs,
-    )
-    summary = train_stage(resolved, job, console)
-    export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
-    console.print_json(data=summary)
+    train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
+    for path in (train_pairs, *([test_pairs] if test_pairs.exists() else [])):
+        read_pairs(path, resolved.data.on_bad_row)  # bad rows are refused before anything is written
+    test = test_pairs if test_pairs.exists() else None
+    job = TrainJob(model_dir, reference_dir, train_pairs, test, out, resolved.train.epochs)
+    if not manifest.enter("train", *export_identity(resolved, manifest, job)):
+        summary = train_stage(resolved, job, console)
+        manifest.finish("train", summary | export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console))
+    console.print_json(data=manifest.summary("train"))
 
 
 @app.command()

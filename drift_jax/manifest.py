@@ -96,8 +96,15 @@ class Manifest:
         return self._data["stages"].get(stage, {}).get("summary", {})
 
     def file_hash(self, path: Path) -> str:
-        """sha256 of a file's content; computed once as long as its size and time of change stay."""
-        stat = path.stat()
+        """sha256 of a file's content; computed once as long as its size and time of change stay.
+
+        Raises:
+          StageError: there is no such file.
+        """
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise StageError(f"no file at {path}. Look at the paths in the config or on the command line.") from None
         key, stamp = str(path.absolute()), [stat.st_size, stat.st_mtime_ns]
         known = self._data["hashes"].get(key)
         if known is None or known[:2] != stamp:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from drift_jax.config import RunConfig, config_to_yaml
 from drift_jax.errors import ConfigError
-from drift_jax.manifest import Manifest, RunLock, config_slice
+from drift_jax.manifest import Manifest, RunLock
 from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.progress import StageSummary, summary_markdown, summary_table
@@ -33,15 +33,11 @@ from drift_jax.records import read_pairs
 from drift_jax.sharding import build_mesh, check_batch, check_sampling_batch
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.export import export_stage
+from drift_jax.stages.identity import export_identity, sample_identity, train_identity
 from drift_jax.stages.inputs import Summary, load_dsat_split, open_tokenizer
 from drift_jax.stages.sample import pair_stage, sample_stage
 from drift_jax.stages.showcase import showcase_stage
 from drift_jax.telemetry import check_trackers, peak_rss_gib
-
-# The keys that shape what a stage makes. Others (mesh, remat, checkpoint, tracking) may change between two calls.
-_SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
-_TRAIN_KEYS = ("train.", "data.max_length", "data.max_prompt_length", "data.on_bad_row", "model.compute_dtype")
-_NOT_SHAPING = ("sampling.batch_size", "train.eval_batch_size")
 
 
 def run(config: RunConfig, console: Console) -> Path:
@@ -101,7 +97,6 @@ class Recipe:
         self.started = time.monotonic()
         self.rows: list[StageSummary] = []
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
 
     def seed(self, policy: Path) -> Path:
         """DPO on the seed pairs: policy_0."""
@@ -110,14 +105,13 @@ class Recipe:
         test = Path(data.seed_test) if data.seed_test else None
         epochs = self.config.recipe.seed_epochs
         job = TrainJob(policy, policy, Path(data.seed_train), test, self.run_dir / "seed", epochs)
-        return self._train_and_export("seed", job)
+        return self._train_and_export("seed", job, {})
 
     def iterate(self, iteration: int, policy: Path, initial: Path) -> Path:
         """One iteration: sample, pair, train, export. Returns policy_k."""
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
         dsat = Path(self.config.data.dsat)
-        inputs = {"dsat": self.manifest.file_hash(dsat), "policy": self.manifest.model_hash(policy)}
-        keys = config_slice(self.config, _SAMPLE_KEYS, _NOT_SHAPING)
+        keys, inputs = sample_identity(self.config, self.manifest, policy, dsat)
         self._stage(
             f"{name}/sample", keys, inputs, lambda: sample_stage(self.config, policy, str(dsat), out_dir, self.console)
         )
@@ -125,7 +119,7 @@ class Recipe:
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
         pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
         job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs)
-        return self._train_and_export(name, job)
+        return self._train_and_export(name, job, {"recipe.reference": self.config.recipe.reference})
 
     def show(self, initial: Path, policy: Path) -> None:
         """The end of a run: the table of stages, replies before and after, and where the policy lies."""
@@ -148,21 +142,14 @@ class Recipe:
         self.console.print(f"{seconds:.0f} seconds, at most {peak_rss_gib():.1f} GiB of memory")
         self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
 
-    def _train_and_export(self, name: str, job: TrainJob) -> Path:
-        inputs = {
-            "train pairs": self.manifest.file_hash(job.train_pairs),
-            "policy": self.manifest.model_hash(job.model_dir),
-            "reference": self.manifest.model_hash(job.reference_dir),
-        }
-        if job.test_pairs is not None:
-            inputs["test pairs"] = self.manifest.file_hash(job.test_pairs)
-        keys = config_slice(self.config, _TRAIN_KEYS, _NOT_SHAPING) | {"epochs": job.epochs}
-        self._stage(f"{name}/train", keys, inputs, lambda: train_stage(self.config, job, self.console))
-        hf, keys = job.out_dir / "hf", config_slice(self.config, ("export.",))
-        checkpoints = job.out_dir / "checkpoints"
+    def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
+        keys, inputs = train_identity(self.config, self.manifest, job)
+        self._stage(f"{name}/train", keys | more_keys, inputs, lambda: train_stage(self.config, job, self.console))
+        hf, checkpoints = job.out_dir / "hf", job.out_dir / "checkpoints"
+        keys, inputs = export_identity(self.config, self.manifest, job)
         self._stage(
             f"{name}/export",
-            keys,
+            keys | more_keys,
             inputs,
             lambda: export_stage(self.config, checkpoints, job.model_dir, hf, self.console),
         )
@@ -173,6 +160,8 @@ class Recipe:
         if self.manifest.enter(stage, keys, inputs):
             self.console.print(f"{stage}: finished before, skipped", style="dim")
         else:
+            # Only now: a refused call must not replace the config that the run was made with.
+            (self.run_dir / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
             self.console.rule(stage, align="left")
             self._log(stage, "started")
             start = time.monotonic()

@@ -199,3 +199,27 @@ def test_train_and_export_alone(drift: Drift, base: Path) -> None:
     assert (base / "again/config.json").exists()
     code, _, err = drift("export", base / "model", "--model", base / "model", "--out", base / "third")
     assert code == 2 and "holds no whole checkpoint" in err.replace("\n", " ")
+
+
+def test_sampling_into_a_directory_of_another_model_is_refused(drift: Drift, base: Path) -> None:
+    """Otherwise completions of the old policy would be taken for the new one's."""
+    words = ("sample", base / "config.yaml", "--input", base / "dsat.jsonl", "--out", base / "out")
+    assert drift(*words, "--model", base / "model")[0] == 0
+    written = (base / "out/completions.jsonl").stat().st_mtime_ns
+    assert drift(*words, "--model", base / "model")[0] == 0
+    assert (base / "out/completions.jsonl").stat().st_mtime_ns == written
+    build_tiny_policy(base / "other", tied=False)
+    code, _, err = drift(*words, "--model", base / "other")
+    assert code == 2 and "input policy: was" in err
+    code, _, err = drift(*words, "--model", base / "model", "--set", "sampling.seed=1")
+    assert code == 2 and "sampling.seed: was 42, is now 1" in err
+
+
+def test_a_refused_call_leaves_the_config_of_the_run(drift: Drift, base: Path) -> None:
+    words = ("run", base / "config.yaml", "--set", "recipe.iterations=0", "--set", "mesh.data=8")
+    seed = ("--set", f"data.seed_train={base / 'pairs/pairs.train.jsonl'}", "--set", "recipe.seed_epochs=1")
+    assert drift(*words, *seed)[0] == 0
+    before = (base / "run/config.yaml").read_text()
+    code, _, err = drift(*words, *seed, "--set", "train.beta=0.5")
+    assert code == 2 and "train.beta: was 0.1, is now 0.5" in err
+    assert (base / "run/config.yaml").read_text() == before

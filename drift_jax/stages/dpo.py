@@ -25,7 +25,7 @@ from drift_jax.records import read_pairs, write_json
 from drift_jax.sharding import build_mesh, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer, report_refused
 from drift_jax.stages.reference import RefLogps, read_ref_logps, write_ref_logps
-from drift_jax.telemetry import MetricsWriter, StageTimer
+from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
 from drift_jax.train import (
     PairScores,
     Trainer,
@@ -56,7 +56,8 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     train, train_cuts, refused = load_tokenized(config, job.train_pairs, tokenizer)
     test, _, test_refused = load_tokenized(config, job.test_pairs, tokenizer) if job.test_pairs else ([], None, [])
     steps = total_steps(len(train), config.train.batch_size, job.epochs, config.train.max_steps)
-    console.print(describe_optimizer(config.train, steps), highlight=False, soft_wrap=True)
+    for line in (_describe_cuts(len(train), len(test), train_cuts), describe_optimizer(config.train, steps)):
+        console.print(line, highlight=False, soft_wrap=True)
     graphdef, declared = declare_qwen(load_qwen_config(job.model_dir), jnp.dtype(config.model.compute_dtype))
     trainer = Trainer(graphdef, declared, mesh, config.train, config.model.remat, steps)
     job.out_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         state, ref = _start(config, job, trainer, checkpointer, train + test, console)
         loader = _loader(config, train, ref[: len(train)])
         with StageTimer() as timer:
-            state, losses = _fit(config, job, trainer, state, loader, steps, checkpointer, timer, console)
+            state = _fit(config, job, trainer, state, loader, steps, checkpointer, timer, console)
         final = _evaluate(config, trainer, state, test, ref[len(train) :], console)
     write_json(job.out_dir / "eval.json", {"step": steps, "pairs": len(test), **final})
     return {
@@ -73,7 +74,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         "drops": {"not encodable": len(refused) + len(test_refused)},
         "truncation": dataclasses.asdict(train_cuts),
         "steps": steps,
-        "loss": float(np.mean(losses)) if losses else None,
+        "loss": float(np.mean([row["loss"] for row in read_metrics(job.out_dir)])),
         "tokens_per_second": timer.tokens_per_second,
         **final,
     }
@@ -91,6 +92,19 @@ def load_tokenized(
             refused.append(str(error))
     report_refused(refused, config)
     return tokenized, count_truncation(tokenized), refused
+
+
+def _describe_cuts(train: int, test: int, cuts: TruncationCounts) -> str:
+    parts = [
+        f"{count} {name} ({tokens} tokens)"
+        for name, count, tokens in (
+            ("prompts", cuts.prompts_cut, cuts.prompt_tokens_cut),
+            ("chosen", cuts.chosen_cut, cuts.chosen_tokens_cut),
+            ("rejected", cuts.rejected_cut, cuts.rejected_tokens_cut),
+        )
+        if count
+    ]
+    return f"{train} pairs, {test} held out; cut to fit: {', '.join(parts) or 'nothing'}"
 
 
 def _loader(config: RunConfig, pairs: list[TokenizedPair], ref_logps: np.ndarray) -> PairLoader:
@@ -151,9 +165,8 @@ def _fit(
     checkpointer: Checkpointer,
     timer: StageTimer,
     console: Console,
-) -> tuple[TrainState, list[float]]:
+) -> TrainState:
     first = int(state.step)
-    losses: list[float] = []
     meta = {"train": dataclasses.asdict(config.train), "pairs": len(loader.pairs), "epochs": job.epochs}
     trackers = config.tracking
     with (
@@ -167,7 +180,6 @@ def _fit(
             timer.count_tokens(tokens)
             if step == 1 and job.reference_dir == job.model_dir:
                 check_first_loss(numbers, config.train)
-            losses.append(numbers["loss"])
             if step % trackers.log_every == 0 or step == steps:
                 extra = {"epoch": step / loader.steps_per_epoch, "tokens_per_second": timer.tokens_per_second}
                 writer.write(step, numbers | extra)
@@ -176,7 +188,7 @@ def _fit(
                 checkpointer.save(step, items, meta | {"step": step, "next_batch": step})
             bar.advance(1, f"loss {numbers['loss']:.4f}, margin {numbers['rewards/margins']:+.4f}")
         checkpointer.wait()
-    return state, losses
+    return state
 
 
 def _evaluate(

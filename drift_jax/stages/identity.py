@@ -1,0 +1,43 @@
+"""What makes the result of a stage: the config keys and the input hashes that its manifest entry holds.
+
+Other keys (mesh, remat, checkpoint, tracking, batch sizes without gradient) may change between two calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from drift_jax.config import RunConfig
+from drift_jax.manifest import Manifest, config_slice
+from drift_jax.stages.dpo import TrainJob
+
+_SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
+_TRAIN_KEYS = ("train.", "data.max_length", "data.max_prompt_length", "data.on_bad_row", "model.compute_dtype")
+_NOT_SHAPING = ("sampling.batch_size", "train.eval_batch_size")
+
+Identity = tuple[dict[str, Any], dict[str, str]]  # (config keys, input hashes)
+
+
+def sample_identity(config: RunConfig, manifest: Manifest, policy: Path, dsat: Path) -> Identity:
+    """Of the sample and the pair stage."""
+    keys = config_slice(config, _SAMPLE_KEYS, _NOT_SHAPING)
+    return keys, {"dsat": manifest.file_hash(dsat), "policy": manifest.model_hash(policy)}
+
+
+def train_identity(config: RunConfig, manifest: Manifest, job: TrainJob) -> Identity:
+    """Of a DPO stage."""
+    inputs = {
+        "train pairs": manifest.file_hash(job.train_pairs),
+        "policy": manifest.model_hash(job.model_dir),
+        "reference": manifest.model_hash(job.reference_dir),
+    }
+    if job.test_pairs is not None:
+        inputs["test pairs"] = manifest.file_hash(job.test_pairs)
+    return config_slice(config, _TRAIN_KEYS, _NOT_SHAPING) | {"epochs": job.epochs}, inputs
+
+
+def export_identity(config: RunConfig, manifest: Manifest, job: TrainJob) -> Identity:
+    """Of the export that follows a DPO stage."""
+    keys, inputs = train_identity(config, manifest, job)
+    return keys | config_slice(config, ("export.",)), inputs
