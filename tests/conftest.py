@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -16,18 +15,12 @@ from jaxtyping import install_import_hook
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Tests compile the same small programs again and again: a cache for the length of this run (1.6 times faster, and
-# shared with pytest-xdist's workers and the commands that tests start). Set the variable to keep it between runs.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="drift-jax-test-")  # removed when this process ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
 # Eight devices, for every mesh of up to eight; an array without a sharding stays on the first one.
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests compile the same small programs again and again: across files, processes and runs.
-jax.config.update("jax_compilation_cache_dir", str(REPO / ".cache" / "jax_test"))
+# Tests compile the same small programs again and again: across files, runs, pytest-xdist's workers and the commands
+# that tests start, which find the directory in the environment.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax_test"))
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
