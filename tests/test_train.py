@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, put_batch
@@ -25,6 +23,7 @@ from drift_jax.sharding import build_mesh, check_batch
 from drift_jax.train import Trainer, check_first_loss, evaluate_scores, host_metrics, loss_and_grads
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs
+from tests.torch_reference import torch_reference
 
 CONFIG = TrainConfig(beta=0.3, label_smoothing=0.1, rpo_alpha=0.5, batch_size=8, learning_rate=1e-4, warmup_ratio=0.0)
 
@@ -53,35 +52,9 @@ def compute(trainer: Trainer, params: dict[str, Any], batch: PairBatch) -> tuple
     return host_metrics(metrics), grads
 
 
-def torch_reference(model_dir: Path, loader: PairLoader) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """DPO + alpha * NLL in float64, one sequence at a time, without padding or batching."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    c, log_sigmoid = CONFIG, torch.nn.functional.logsigmoid
-    losses, nll, tokens, rewards = [], 0.0, 0, []
-    for pair, ref in zip(loader.pairs, loader.ref_logps.astype(np.float32).astype(np.float64), strict=True):
-        logps = []
-        for completion in (pair.chosen_ids, pair.rejected_ids):
-            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, completion]).astype(np.int64))
-            predicted = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
-            logps.append(predicted[len(pair.prompt_ids) - 1 :])
-        nll, tokens = nll - logps[0].sum(), tokens + len(logps[0])
-        reward = [c.beta * (logp.sum() - r) for logp, r in zip(logps, ref, strict=True)]
-        h = reward[0] - reward[1]
-        losses.append(-log_sigmoid(h) * (1 - c.label_smoothing) - log_sigmoid(-h) * c.label_smoothing)
-        rewards.append([float(r.detach()) for r in reward])
-    loss = torch.stack(losses).mean() + c.rpo_alpha * nll / tokens
-    loss.backward()
-    grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    chosen, rejected = np.array(rewards).T
-    metrics = {"loss": float(loss.detach()), "nll_loss": float(nll.detach()) / tokens}
-    metrics |= {"rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean()}
-    metrics |= {"rewards/margins": (chosen - rejected).mean(), "rewards/accuracies": (chosen > rejected).mean()}
-    return metrics, grads
-
-
 def test_loss_and_gradients_equal_torch(model_dir: Path) -> None:
     loader = make_loader(random_pairs(8))
-    expected, expected_grads = torch_reference(model_dir, loader)
+    expected, expected_grads = torch_reference(model_dir, loader.pairs, loader.ref_logps, CONFIG)
     trainer, params = make_trainer(model_dir)
     metrics, grads = compute(trainer, params, loader.shuffled(0))
     for name, value in expected.items():
@@ -96,7 +69,7 @@ def test_loss_and_gradients_equal_torch(model_dir: Path) -> None:
 def test_a_shifted_mask_is_seen(model_dir: Path) -> None:
     """The negative twin: counting one token too few per completion is far outside the tolerance."""
     loader = make_loader(random_pairs(8))
-    expected, _ = torch_reference(model_dir, loader)
+    expected, _ = torch_reference(model_dir, loader.pairs, loader.ref_logps, CONFIG)
     trainer, params = make_trainer(model_dir)
     batch = loader.shuffled(0)
     first = np.argmax(batch.completion_mask, axis=-1)[..., None]
