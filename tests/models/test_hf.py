@@ -162,6 +162,13 @@ def test_no_model_there(tmp_path: Path) -> None:
         load_qwen_config(tmp_path / "empty")
 
 
+def test_a_hub_id_without_the_hub_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="Qwen/Nothing is no directory here, and the hub did not give it"):
+        resolve_model("Qwen/Nothing")
+
+
 def test_an_indivisible_mesh_is_refused_with_both_numbers(tmp_path: Path) -> None:
     source = build_tiny_model(tmp_path / "m", hidden_size=60, num_attention_heads=4)
     with pytest.raises(ConfigError, match="size 60 cannot be split 8 ways"):
