@@ -71,7 +71,7 @@ else
 endif
 
 test: $(VENV)/.installed-all
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-all
 	@$(BIN)/ruff check .

@@ -23,7 +23,6 @@ from tests.tiny import ADDED, CHAT_TEMPLATE, build_tiny_tokenizer
 
 REPO = Path(__file__).parents[2]
 REAL = [REPO / "../shared/data/dsat_real.jsonl", REPO / "data/sample/dsat.jsonl"]
-DEMO = REPO / ".cache/demo_model"
 
 # The shape of Qwen3's template in what matters here: it looks into messages, drops the reasoning of earlier
 # turns, and puts an empty reasoning block (added tokens) before the last reply.
@@ -80,10 +79,8 @@ def with_template(tiny_dir: Path, directory: Path, template: str) -> ChatTokeniz
 
 
 @pytest.fixture(scope="module")
-def demo() -> ChatTokenizer:
-    if not (DEMO / "tokenizer.json").exists():
-        pytest.skip(f"the demo model is not at {DEMO}: run `make quickstart` once")
-    return load_tokenizer(DEMO)
+def demo(demo_model_dir: Path) -> ChatTokenizer:
+    return load_tokenizer(demo_model_dir)
 
 
 @pytest.fixture()
@@ -170,12 +167,14 @@ def test_default_system_message_and_merges_across_the_header(tiny: ChatTokenizer
 
 @pytest.mark.parametrize("path", REAL, ids=["shared", "sample"])
 @pytest.mark.parametrize("which", ["tiny", "demo"])
-def test_real_conversations(path: Path, which: str, request: pytest.FixtureRequest, tiny_dir: Path) -> None:
+def test_real_conversations(path: Path, which: str, request: pytest.FixtureRequest) -> None:
     """Equal to transformers, and prompt + completion is the whole dialogue, split at one place."""
     if not path.exists():
         pytest.skip(f"{path} is not here")
     tokenizer: ChatTokenizer = request.getfixturevalue(which)
-    host = PreTrainedTokenizerFast.from_pretrained(tiny_dir if which == "tiny" else DEMO)
+    host = PreTrainedTokenizerFast.from_pretrained(
+        request.getfixturevalue("tiny_dir" if which == "tiny" else "demo_model_dir")
+    )
     for record in read_dsat(path).records:
         prompt, reply = list(record.prompt), Message("assistant", record.rejected)
         ids = tokenizer.encode_chat(prompt)
