@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -153,6 +154,8 @@ def doctor() -> None:
 
 def main() -> None:
     """Console entry point."""
+    # transformers brings tokenizers and templates here; that torch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         app()
     except DriftError as error:

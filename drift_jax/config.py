@@ -24,9 +24,10 @@ _FORBID_EXTRA = ConfigDict(extra="forbid")
 DType = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moment never sees a gradient
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,10 @@ class TrainConfig:
     warmup_ratio: Share = 0.1  # share of all updates; rounded up
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0  # not applied to biases and norms
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.999
+    adam_beta1: DecayRate = 0.9
+    adam_beta2: DecayRate = 0.999
     adam_epsilon: PositiveFloat = 1e-8
-    rmsprop_decay: Share = 0.99
+    rmsprop_decay: DecayRate = 0.99
     rmsprop_epsilon: PositiveFloat = 1e-8
     seed: int = 42  # order of the pairs
 
@@ -164,7 +165,7 @@ class RunConfig:
 
     __pydantic_config__ = _FORBID_EXTRA
 
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1)]
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -232,13 +233,14 @@ def check_config(config: RunConfig) -> None:
             f"({data.max_length}): no token would be left for a completion. Lower the first or raise the second."
         )
     if train.batch_size % train.accumulation_steps:
+        fitting = train.accumulation_steps * max(1, train.batch_size // train.accumulation_steps)
         problems.append(
             f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation_steps "
-            f"({train.accumulation_steps})."
+            f"({train.accumulation_steps}). A batch of {fitting} would do."
         )
     sizes = dataclasses.asdict(mesh)
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
-        problems.append(f"mesh sizes must be positive and at most one of them -1, found {sizes}.")
+        problems.append(f"mesh sizes must be positive and at most one of them -1 (what is left), found {sizes}.")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -300,5 +302,5 @@ def _describe(raw: dict[str, Any], error: Any) -> str:
 def _closest(key: str) -> str | None:
     import difflib
 
-    matches = difflib.get_close_matches(key, config_keys(), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(key, [*config_keys(), *_SECTIONS], n=1, cutoff=0.6)
     return matches[0] if matches else None

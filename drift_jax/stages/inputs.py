@@ -62,7 +62,7 @@ def open_policy(model_dir: Path, mesh: Mesh, compute_dtype: str, param_dtype: st
 
         def advance(size: int, total: int) -> None:
             if not bars:
-                bar = stage_progress(f"loading {model_dir.name}", total // 10**6, "MB", console=console)
+                bar = stage_progress(f"loading {model_dir.name}", max(1, total // 10**6), "MB", console=console)
                 bars.append(stack.enter_context(bar))
             bars[0].advance(min(round(size / 10**6), bars[0].total - bars[0].count))
 
