@@ -88,6 +88,9 @@ def test_the_defaults_are_those_of_the_published_configs() -> None:
         ({"data": {"max_length": 2048.5}}, r"data\.max_length: .*integer, found 2048\.5"),
         ({"train": {"optimizer": "sgd"}}, r"train\.optimizer: .*'rmsprop' or 'adamw', found 'sgd'"),
         ({"tracking": {"trackers": ["mlflow"]}}, r"tracking\.trackers\.0: .*found 'mlflow'"),
+        ({"train": {"learning_rate": float("inf")}}, r"train\.learning_rate: .*finite number"),
+        ({"train": {"adam_beta2": 1.0}}, r"train\.adam_beta2: .*less than 1, found 1\.0"),
+        ({"run_dir": ""}, r"run_dir: .*at least 1 character"),
         ({"train": {"beta": 0}}, r"train\.beta: .*greater than 0, found 0"),
         ({"train": {"label_smoothing": 0.5}}, r"train\.label_smoothing: .*less than 0\.5, found 0\.5"),
         ({"sampling": {"top_p": 1.5}}, r"sampling\.top_p: .*less than or equal to 1, found 1\.5"),
@@ -107,7 +110,7 @@ def test_a_wrong_key_or_value_is_named(sections: dict[str, Any], message: str) -
         ),
         (
             {"train": {"batch_size": 6, "accumulation_steps": 4}},
-            ("train.batch_size (6)", "train.accumulation_steps (4)", "multiple"),
+            ("train.batch_size (6)", "train.accumulation_steps (4)", "multiple", "A batch of 4 would do"),
         ),
         ({"mesh": {"data": -1, "fsdp": -1}}, ("mesh", "'data': -1", "'fsdp': -1", "at most one of them -1")),
         ({"mesh": {"tensor": 0}}, ("mesh", "'tensor': 0", "must be positive")),
