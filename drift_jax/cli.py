@@ -110,9 +110,9 @@ def train(
     console, model_dir, manifest = Console(), resolve_model(model), Manifest(out)
     reference_dir = resolve_model(reference) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
-    for path in (train_pairs, *([test_pairs] if test_pairs.exists() else [])):
-        read_pairs(path, resolved.data.on_bad_row)  # bad rows are refused before anything is written
     test = test_pairs if test_pairs.exists() else None
+    for path in filter(None, (train_pairs, test)):
+        read_pairs(path, resolved.data.on_bad_row)  # bad rows are refused before anything is written
     job = TrainJob(model_dir, reference_dir, train_pairs, test, out, resolved.train.epochs)
     if not manifest.enter("train", *export_identity(resolved, manifest, job)):
         summary = train_stage(resolved, job, console)

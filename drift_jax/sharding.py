@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError
@@ -101,7 +101,7 @@ def build_sharding(mesh: Mesh, dims: Dims, shape: Sequence[int], name: str = "ar
     """
     spec = list(to_spec(dims))
     for i, (dim, size, axes) in enumerate(zip(dims, shape, spec, strict=True)):
-        ways = math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
+        ways = _split_ways(mesh, dim)
         if size % ways == 0:
             continue
         if dim in REPLICATED_WHEN_INDIVISIBLE:
@@ -121,7 +121,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return _split_ways(mesh, "batch")
+
+
+def _split_ways(mesh: Mesh | AbstractMesh, dim: str | None) -> int:
+    """Into how many parts the mesh splits a dim."""
+    return 1 if dim is None else math.prod(mesh.shape[axis] for axis in RULES[dim])
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
@@ -133,9 +138,8 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     if mesh.empty:
         return x
     spec = list(to_spec(dims))
-    for i, (size, axes) in enumerate(zip(x.shape, spec, strict=True)):
-        ways = math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
-        if size % ways:
+    for i, (dim, size) in enumerate(zip(dims, x.shape, strict=True)):
+        if size % _split_ways(mesh, dim):
             spec[i] = None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 

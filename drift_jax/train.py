@@ -138,7 +138,6 @@ class Trainer:
         self, graphdef: Any, declared: dict[str, Any], mesh: Mesh, config: TrainConfig, remat: str, total_steps: int
     ) -> None:
         self.mesh = mesh
-        self.config = config
         optimizer = build_optimizer(config, total_steps)
         schedule = build_schedule(config, total_steps)
         self.setup = StepSetup(graphdef, config, remat, optimizer, schedule)

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from drift_jax.errors import ModelError, StageError
 from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
-from drift_jax.models.qwen import Declared, declare_qwen, param_shardings
+from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
 
 # What a model directory holds besides weights. config.json is rewritten, the others are copied as they are.
 COMPANION_FILES = (
@@ -138,7 +138,7 @@ def load_params(
     config = load_qwen_config(model_dir)
     _, declared = declare_qwen(config)
     files = WeightFiles.open(model_dir)
-    leaves, treedef = jax.tree.flatten(declared, is_leaf=lambda leaf: isinstance(leaf, Declared))
+    leaves, treedef = jax.tree.flatten(declared, is_leaf=is_declared)
     _check_tensors(files, leaves, config, model_dir)
     shardings = jax.tree.leaves(param_shardings(declared, mesh))
     total = sum(math.prod(leaf.shape) for leaf in leaves) * np.dtype(dtype).itemsize
@@ -240,8 +240,7 @@ def iterate_hf_tensors(
 ) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
     """(Hugging Face name, bytes, function that makes the array), layer by layer; nothing is made before it is asked."""
     _, declared = declare_qwen(config)
-    is_leaf = lambda leaf: isinstance(leaf, Declared)  # noqa: E731
-    pairs = list(zip(jax.tree.leaves(declared, is_leaf=is_leaf), jax.tree.leaves(params), strict=True))
+    pairs = list(zip(jax.tree.leaves(declared, is_leaf=is_declared), jax.tree.leaves(params), strict=True))
 
     def make(leaf: Declared, array: jax.Array, layer: int | None) -> np.ndarray:
         host = np.asarray(array if layer is None else array[layer])

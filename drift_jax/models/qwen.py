@@ -282,6 +282,11 @@ class Declared(NamedTuple):
     hf_dims: HfDims
 
 
+def is_declared(node: Any) -> bool:
+    """`is_leaf` for trees of `Declared`, which is itself a tuple."""
+    return isinstance(node, Declared)
+
+
 def declare_qwen(config: QwenConfig, dtype: DTypeLike = jnp.float32) -> tuple[Any, dict[str, Any]]:
     """(graphdef, nested dict of `Declared`): the model without any memory behind it.
 
@@ -303,7 +308,7 @@ def param_shardings(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[s
     return jax.tree.map(
         lambda p: build_sharding(mesh, p.dims, p.shape, name=p.hf_name),
         declared,
-        is_leaf=lambda leaf: isinstance(leaf, Declared),
+        is_leaf=is_declared,
     )
 
 
@@ -313,7 +318,7 @@ def abstract_params(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[s
         lambda p, sharding: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding),
         declared,
         param_shardings(declared, mesh),
-        is_leaf=lambda leaf: isinstance(leaf, Declared),
+        is_leaf=is_declared,
     )
 
 
