@@ -18,6 +18,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from drift_jax.errors import ConfigError
+from drift_jax.presets import apply_preset
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
@@ -38,7 +39,7 @@ class ModelConfig:
 
     path: str  # a Hugging Face model directory, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct
     revision: str | None = None  # branch, tag or commit when `path` is a hub id
-    compute_dtype: DType = "bfloat16"  # activations and matmuls; master weights are always float32
+    compute_dtype: DType = "bfloat16"  # activations and matmuls
     remat: Literal["none", "dots", "layer"] = "layer"  # what the backward pass computes again
 
 
@@ -54,7 +55,13 @@ class DataConfig:
     test_rows: NonNegativeInt = 100  # the first rows of `dsat` are held out, unshuffled (recipe of the authors)
     max_rows: PositiveInt | None = None  # use at most this many training rows of `dsat`; null: all
     max_length: PositiveInt = 2048  # tokens of prompt + completion
-    max_prompt_length: PositiveInt = 1024  # tokens; a longer prompt keeps its END
+    max_prompt_length: PositiveInt = 1024  # tokens of the prompt, where `truncation` looks at it
+    # How text becomes ids, how a completion ends, what is cut: see `drift presets`; the preset gives the defaults.
+    template: Literal["generation_prompt", "handbook", "full_render"] = "generation_prompt"
+    eos: Literal["turn_end", "append_if_missing", "append", "as_rendered"] = "turn_end"
+    truncation: Literal[
+        "keep_prompt_end", "trl<=0.11", "trl<=0.11 keep_start", "trl0.12", "trl0.12.0-0.12.2", "keep_start"
+    ] = "keep_prompt_end"
     on_bad_row: Literal["error", "skip"] = "error"
 
 
@@ -66,7 +73,7 @@ class RecipeConfig:
 
     iterations: NonNegativeInt = 2  # K
     reference: Literal["previous", "initial"] = "previous"  # previous: policy_{k-1}; initial: `model.path`
-    seed_epochs: PositiveInt = 3  # epochs over the seed pairs; an iteration takes `train.epochs`
+    seed_epochs: PositiveFloat = 3  # epochs over the seed pairs; an iteration takes `train.epochs`
     showcase_prompts: tuple[str, ...] = ()  # answered greedily before and after, shown at the end
 
 
@@ -98,7 +105,11 @@ class TrainConfig:
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     rpo_alpha: NonNegativeFloat = 0.001  # weight of the NLL of the chosen responses
-    epochs: PositiveInt = 1
+    # The NLL's tokens and their mean: see `drift presets`; the preset gives the defaults.
+    nll_reduction: Literal["global_token_mean", "group_token_mean", "sequence_mean"] = "global_token_mean"
+    nll_tokens: Literal["all", "nonzero"] = "all"
+    group_size: PositiveInt = 4  # pairs that TRL has on one device at a time; where a choice looks at groups of pairs
+    epochs: PositiveFloat = 1
     max_steps: PositiveInt | None = None  # stop after this many updates; null: by `epochs`
     batch_size: PositiveInt = 32  # pairs per update, over all devices and accumulation steps
     accumulation_steps: PositiveInt = 1  # micro-batches that make one update
@@ -107,6 +118,7 @@ class TrainConfig:
     learning_rate: PositiveFloat = 5e-7
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Share = 0.1  # share of all updates; rounded up
+    warmup_steps: PositiveInt | None = None  # updates; replaces warmup_ratio
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0  # not applied to biases and norms
     adam_beta1: DecayRate = 0.9
@@ -114,7 +126,9 @@ class TrainConfig:
     adam_epsilon: PositiveFloat = 1e-8
     rmsprop_decay: DecayRate = 0.99
     rmsprop_epsilon: PositiveFloat = 1e-8
-    seed: int = 42  # order of the pairs
+    master_dtype: DType = "float32"  # of the weights; bfloat16: updates are rounded stochastically
+    eval_every: PositiveInt | Literal["epoch"] | None = None  # updates between evaluations; null: after the last only
+    seed: int = 42  # order of the pairs, and of stochastic rounding
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,8 @@ class CheckpointConfig:
 
     __pydantic_config__ = _FORBID_EXTRA
 
-    every_steps: PositiveInt = 100  # updates between saves; the last update is always saved
+    # Updates between saves, or every epoch, or only at the end; the last update is always saved.
+    every_steps: PositiveInt | Literal["epoch", "end"] = 100
     keep: PositiveInt = 2  # newest checkpoints kept
 
 
@@ -167,6 +182,7 @@ class RunConfig:
 
     run_dir: Annotated[str, Field(min_length=1)]
     model: ModelConfig
+    preset: Literal["drift", "paper", "trl1"] = "drift"  # whose way of making tokens and losses: `drift presets`
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -214,6 +230,7 @@ def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
     Raises:
       ConfigError: naming every offending key at once.
     """
+    raw = apply_preset(raw)
     try:
         # JSON mode: strict types (no "2048" for 2048) while mappings still become dataclasses.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(raw, default=str), strict=True)
@@ -227,7 +244,7 @@ def check_config(config: RunConfig) -> None:
     """Checks what spans several keys. Raises `ConfigError` with both numbers and the remedy."""
     problems = []
     data, train, mesh = config.data, config.train, config.mesh
-    if data.max_prompt_length >= data.max_length:
+    if data.truncation != "keep_start" and data.max_prompt_length >= data.max_length:
         problems.append(
             f"data.max_prompt_length ({data.max_prompt_length}) must be below data.max_length "
             f"({data.max_length}): no token would be left for a completion. Lower the first or raise the second."

@@ -1,0 +1,115 @@
+"""Presets: one name for a whole stack's way of making tokens and losses out of pairs.
+
+A preset only gives config keys their values; a key that is written in the config or set on the command line wins.
+Every value names one object in code (a template, a cut, a reduction), so nothing branches on a preset.
+
+Sources: `drift` is this package's reading of arXiv 2510.02341; `paper` follows the authors' public configs on
+alignment-handbook before 2025-07 with TRL 0.10 to 0.12; `trl1` follows TRL from 0.29 (`DataCollatorForPreference`,
+loss types `sigmoid` and `sft`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from drift_jax.errors import ConfigError
+
+# key -> value -> what it does, as `drift presets` prints it. The objects: data/rules.py, losses.py, data/prompts.py.
+CHOICES: Mapping[str, Mapping[str, str]] = {
+    "data.template": {
+        "generation_prompt": "prompt ends with the assistant's header; ids of a sampled completion are used as drawn",
+        "handbook": "prompt (with an empty system turn) and reply rendered apart; header and system turn of the reply's "
+        "own rendering are completion tokens",
+        "full_render": "prompt and whole dialogue rendered and encoded; the completion is what follows the prompt's ids",
+    },
+    "data.eos": {
+        "turn_end": "the completion ends with its turn end; what the template writes after it is left out",
+        "append_if_missing": "all the template writes; tokenizer's EOS appended unless it is there (TRL <= 0.11)",
+        "append": "all the template writes, and the tokenizer's EOS in any case (TRL 0.12 to 0.28)",
+        "as_rendered": "all the template writes, nothing appended (TRL >= 0.29)",
+    },
+    "data.truncation": {
+        "keep_prompt_end": "prompt keeps its last max_prompt_length tokens; each completion its first, within max_length",
+        "trl<=0.11": "only if prompt + longer reply exceed max_length: prompt keeps its end, then both replies their first "
+        "max_length - max_prompt_length tokens",
+        "trl<=0.11 keep_start": "the same, but the prompt keeps its start (truncation_mode: keep_start)",
+        "trl0.12": "prompt keeps its last max_prompt_length tokens; prompt + completion their first max_length",
+        "trl0.12.0-0.12.2": "as trl0.12, with its bug: the longest rows of group_size pairs lose their last token",
+        "keep_start": "prompt + completion keep their first max_length tokens; pairs whose prompt fills it are dropped",
+    },
+    "train.nll_reduction": {
+        "global_token_mean": "mean over the chosen tokens of the whole update",
+        "group_token_mean": "token mean inside group_size pairs (one device's share in TRL), then mean over the groups",
+        "sequence_mean": "mean over the tokens of a reply, then over the replies (OpenRLHF)",
+    },
+    "train.nll_tokens": {
+        "all": "every chosen completion token",
+        "nonzero": "tokens whose id is 0 are skipped (TRL 0.12 to 0.28: cross entropy with ignore_index 0)",
+    },
+    "sampling.style": {
+        "chat": "dialogue, reply, complaint and request to improve through the chat template",
+        "paper": "the authors' plain text, without a chat template",
+        "unguided": "the dialogue alone through the chat template",
+    },
+}
+
+_DRIFT = {
+    "data.template": "generation_prompt",
+    "data.eos": "turn_end",
+    "data.truncation": "keep_prompt_end",
+    "train.nll_reduction": "global_token_mean",
+    "train.nll_tokens": "all",
+    "sampling.style": "chat",
+}
+_PAPER = {
+    "data.template": "handbook",
+    "data.eos": "append_if_missing",
+    "data.truncation": "trl<=0.11",
+    "train.nll_reduction": "group_token_mean",
+    "train.nll_tokens": "all",
+    "sampling.style": "paper",
+}
+_TRL1 = {
+    "data.template": "full_render",
+    "data.eos": "as_rendered",
+    "data.truncation": "keep_start",
+    "train.nll_reduction": "global_token_mean",
+    "train.nll_tokens": "all",
+    "sampling.style": "chat",
+}
+PRESETS: Mapping[str, Mapping[str, str]] = MappingProxyType({"drift": _DRIFT, "paper": _PAPER, "trl1": _TRL1})
+
+# What TRL 0.12 changed besides the cut: under `paper`, choosing its cut brings these along.
+_TRL_0_12 = {"data.eos": "append", "train.nll_tokens": "nonzero"}
+_FOLLOWS = {("paper", "trl0.12"): _TRL_0_12, ("paper", "trl0.12.0-0.12.2"): _TRL_0_12}
+
+
+def preset_values(preset: str, truncation: str | None = None) -> dict[str, str]:
+    """Dotted key -> value. `truncation` is the cut the user chose; None: the preset's own.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}. See `drift presets`.")
+    values = dict(PRESETS[preset])
+    if truncation is not None:
+        values["data.truncation"] = truncation
+    return values | _FOLLOWS.get((preset, values["data.truncation"]), {})
+
+
+def apply_preset(raw: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a config with those keys filled in that its `preset` decides and it leaves out."""
+    preset = raw.get("preset", "drift")
+    data = raw.get("data")
+    chosen = data.get("truncation") if isinstance(data, dict) else None
+    filled = dict(raw)
+    # A section that is not a mapping, or a preset that is no text, is left for the validation to name.
+    for key, value in preset_values(preset, chosen).items() if isinstance(preset, str) else ():
+        section, leaf = key.split(".")
+        held = filled.get(section, {})
+        if isinstance(held, dict):
+            filled[section] = {leaf: value} | held
+    return filled
