@@ -41,6 +41,7 @@ class ModelConfig:
     revision: str | None = None  # branch, tag or commit when `path` is a hub id
     compute_dtype: DType = "bfloat16"  # activations and matmuls
     remat: Literal["none", "dots", "layer"] = "layer"  # what the backward pass computes again
+    pad_embedding: Literal["trained", "frozen"] = "trained"  # see `drift presets`; the preset gives the default
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,18 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     Raises:
       ConfigError: the file is missing or not YAML, or a key is unknown, of the wrong type or impossible.
     """
+    raw = read_yaml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return build_config(raw, source=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, its floats as people write them (`5e-7`).
+
+    Raises:
+      ConfigError: the file is missing, is not YAML or holds no mapping.
+    """
     path = Path(path)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -219,9 +232,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         raise ConfigError(f"{path} is not a YAML file: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, found {type(raw).__name__}.")
-    for override in overrides:
-        _apply_override(raw, override)
-    return build_config(raw, source=str(path))
+    return raw
 
 
 def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
@@ -289,7 +300,8 @@ _SECTIONS: dict[str, type] = {
 }
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets one `a.b=c` in plain nested values; the right side is YAML. Raises `ConfigError` for other forms."""
     key, sep, text = override.partition("=")
     if not sep or not key:
         raise ConfigError(f"--set takes KEY=VALUE such as train.beta=0.2, found {override!r}.")

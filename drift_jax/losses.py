@@ -15,8 +15,8 @@ Where this departs from the DRIFT training stack (arXiv 2510.02341; TRL 0.10 to 
     device's micro-batch and then over devices and accumulation steps; `group_token_mean` does that.
  2. TRL averages the means of micro-batches, so pairs of a short last one weigh more there. Here every pair
     weighs the same.
- 3. The tokens of the NLL are chosen by mask. TRL 0.12 to 0.28 also skip tokens whose id is 0; a caller who
-    wants that passes such a mask to `count_weights`.
+ 3. The tokens of the NLL are by default chosen by mask. TRL 0.12 to 0.28 also skip tokens whose id is 0 ("!" in
+    Qwen), since they call cross entropy with ignore_index 0: `NLL_TOKENS["nonzero"]` narrows the mask likewise.
  4. `label_smoothing` acts on the sigmoid loss as in TRL before 1.0; TRL 1.x ignores it there.
  5. The margin is (chosen - ref) - (rejected - ref); TRL 0.12 computes (chosen - rejected) - (ref - ref).
     The value is the same; near the reference the differences used here are exact in float32.
@@ -28,11 +28,12 @@ Where this departs from the DRIFT training stack (arXiv 2510.02341; TRL 0.10 to 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 PairMask = Bool[Array, "B 2 T"] | Float[Array, "B 2 T"]  # nonzero: a completion token
 TokenMask = Bool[Array, "B T"] | Float[Array, "B T"]  # nonzero: a chosen token that the NLL counts
@@ -79,10 +80,17 @@ def group_token_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"], grou
 
 NllReduction = Callable[[TokenMask, Float[Array, " B"]], Float[Array, "B T"]]
 
-NLL_REDUCTIONS: dict[str, NllReduction] = {
-    "global_token_mean": global_token_mean,
-    "group_token_mean": group_token_mean,
-    "sequence_mean": sequence_mean,
+# By name; each is made for the pairs of a group, which only `group_token_mean` looks at.
+NLL_REDUCTIONS: dict[str, Callable[[int], NllReduction]] = {
+    "global_token_mean": lambda group: global_token_mean,
+    "group_token_mean": lambda group: partial(group_token_mean, group=group),
+    "sequence_mean": lambda group: sequence_mean,
+}
+
+# Which chosen tokens, by their ids, the NLL looks at; rule 3 above.
+NLL_TOKENS: dict[str, Callable[[Int[Array, "B T"]], Bool[Array, "B T"]]] = {
+    "all": lambda ids: jnp.ones_like(ids, bool),
+    "nonzero": lambda ids: ids != 0,
 }
 
 

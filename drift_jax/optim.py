@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from drift_jax.config import TrainConfig
 from drift_jax.errors import ConfigError, DataError
+from drift_jax.rounding import stochastic_rounding
 
 Params = PyTree  # of arrays, or of anything with a shape and a dtype
 Mask = PyTree | Callable[[Params], PyTree]  # of bools
@@ -39,7 +40,8 @@ Decay = Callable[[Float[Array, ""]], Float[Array, ""]]
 def total_steps(num_pairs: int, batch_size: int, epochs: int | float, max_steps: int | None = None) -> int:
     """Updates of a stage: `max_steps` if given, else ceil(epochs * ceil(num_pairs / batch_size)).
 
-    As in the Hugging Face Trainer, `max_steps` replaces `epochs`: a stage may end early or go on past them.
+    As in the Hugging Face Trainer, a part of an epoch is rounded up to whole updates, and `max_steps` replaces
+    `epochs`: a stage may end early or go on past them.
 
     Raises:
       DataError: there is no pair to train on.
@@ -50,8 +52,11 @@ def total_steps(num_pairs: int, batch_size: int, epochs: int | float, max_steps:
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """ceil(warmup_ratio * total_steps), rounded as the Hugging Face Trainer does: 0.07 of 100 gives 8."""
-    return math.ceil(total_steps * config.warmup_ratio)
+    """`config.warmup_steps`, or else ceil(warmup_ratio * total_steps), rounded as in the Hugging Face Trainer.
+
+    There too 0.07 of 100 gives 8, and a warm-up may be longer than the stage.
+    """
+    return math.ceil(total_steps * config.warmup_ratio) if config.warmup_steps is None else config.warmup_steps
 
 
 def build_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -82,22 +87,25 @@ def build_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
 def build_optimizer(config: TrainConfig, total_steps: int, mask: Mask | None = None) -> optax.GradientTransformation:
     """Clipped gradients -> updates for `optax.apply_updates`, step for step what torch's optimizer does.
 
-    Moments have the dtype of the parameters, which must be float32.
+    Moments are float32. The parameters must have `config.master_dtype`; bfloat16 ones are rounded stochastically
+    (`rounding.py`) by `config.seed`, and the updates are float32 all the same.
 
     Args:
       mask: the parameters that decay, as a pytree of bools or a function of the parameters; by default
         `decay_mask`. Read only when `config.weight_decay` is above 0.
 
     Raises:
-      ConfigError: a decay rate is 1, or (from `init`) a parameter is narrower than float32.
+      ConfigError: a decay rate is 1, or (from `init`) a parameter has not the master dtype.
     """
+    master = _MASTERS[config.master_dtype]
     optimizer = optax.chain(
         *_OPTIMIZERS[config.optimizer].build(config, decay_mask if mask is None else mask),
         optax.scale_by_learning_rate(build_schedule(config, total_steps)),
     )
+    optimizer = master.wrap(optimizer, config.seed)
 
     def init(params: Params) -> optax.OptState:
-        _check_master_weights(params)
+        master.check(params)
         return optimizer.init(params)
 
     return optax.GradientTransformation(init, optimizer.update)
@@ -131,17 +139,46 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Float[A
     return jax.tree.map(lambda g: g * coefficient, grads), norm
 
 
+def changed_share(old_params: Params, new_params: Params, grads: Params) -> Float32[Array, ""]:
+    """Of the parameters whose gradient is not 0, the share (0 to 1) that an update changed.
+
+    Each count is exact within an array of up to 2**31 - 1 elements; beyond that and over the arrays it adds up in
+    float32, which for n such parts is within n * 6e-8 relative. With no gradient but 0 the share is 1: no parameter
+    that should have moved stayed. A gradient of NaN counts, and so does a parameter that becomes NaN.
+    """
+    flags = jax.tree.map(lambda old, new, g: ((g != 0) & (new != old), g != 0), old_params, new_params, grads)
+    pairs = jax.tree.leaves(flags, is_leaf=lambda node: isinstance(node, tuple))
+    changed, counted = (sum((_count(pair[i]) for pair in pairs), start=jnp.zeros((), jnp.float32)) for i in (0, 1))
+    return jnp.where(counted > 0, changed / jnp.maximum(counted, 1.0), 1.0)
+
+
+def changed_at_peak(
+    config: TrainConfig, params: Params, updates: Params, grads: Params, learning_rate: Float[Array, ""]
+) -> Float32[Array, ""]:
+    """`changed_share` of an update as if its learning rate were the peak of the schedule.
+
+    It tells whether the weights can take what the run is going to give them, from the first update with a learning
+    rate above 0 on. That update's own share says less: a 35th of 5e-7 is below the float32 spacing of many weights,
+    which is no fault. At a learning rate of 0 the share is 0. Updates rounded stochastically count as they are.
+    """
+    scale = jnp.where(learning_rate > 0, config.learning_rate / jnp.where(learning_rate > 0, learning_rate, 1.0), 1.0)
+    full = optax.apply_updates(params, jax.tree.map(lambda update: update * scale, updates))
+    return changed_share(params, full, grads)
+
+
 def describe_optimizer(config: TrainConfig, total_steps: int) -> str:
     """The resolved optimizer in one paragraph, for people to read before a run."""
     kind = _OPTIMIZERS[config.optimizer]
     decay = f"{config.weight_decay:g}, {kind.coupling}" if config.weight_decay else "none"
     updates = warmup_steps(config, total_steps)
     warmup = f"linear from 0 over {updates} of {total_steps} updates" if updates else "no warm-up"
+    if updates > total_steps:
+        warmup = f"linear from 0 over {updates} updates, of which the stage has {total_steps}"
     after = "constant" if config.schedule == "constant" else f"{config.schedule} to 0"
     return (
         f"{config.optimizer}: {kind.describe(config)}; weight decay {decay}; gradients clipped to global "
         f"norm {config.max_grad_norm:g}; learning rate {config.learning_rate:g}, {warmup}, then {after}; "
-        "float32 weights and moments."
+        f"{_MASTERS[config.master_dtype].description}."
     )
 
 
@@ -235,15 +272,52 @@ def _check_rates(**rates: float) -> None:
         )
 
 
-def _check_master_weights(params: Params) -> None:
-    narrow = [
-        f"{jax.tree_util.keystr(path)} ({leaf.dtype})"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if jnp.promote_types(leaf.dtype, jnp.float32) != leaf.dtype
-    ]
+class _Master(NamedTuple):
+    wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
+    check: Callable[[Params], None]
+    description: str
+
+
+def _check_float32(params: Params) -> None:
+    narrow = _leaves_where(params, lambda dtype: jnp.promote_types(dtype, jnp.float32) != dtype)
     if narrow:
         raise ConfigError(
             f"master weights must be float32: a bfloat16 weight of 0.02 cannot absorb an update of 5e-7. "
             f"{len(narrow)} parameters are narrower, the first: {', '.join(narrow[:3])}. Load them as "
-            "float32; model.compute_dtype sets the dtype of the matmuls."
+            "float32; model.compute_dtype sets the dtype of the matmuls. Where memory is short, "
+            "train.master_dtype=bfloat16 allows them: updates are then rounded stochastically."
         )
+
+
+def _check_bfloat16(params: Params) -> None:
+    other = _leaves_where(params, lambda dtype: dtype != jnp.bfloat16)
+    if other:
+        raise ConfigError(
+            f"with train.master_dtype=bfloat16 every weight must be bfloat16. {len(other)} parameters are not, the "
+            f"first: {', '.join(other[:3])}. Load them as bfloat16, or set train.master_dtype=float32, which is "
+            "exact and takes twice the memory."
+        )
+
+
+def _leaves_where(params: Params, wrong: Callable[[Any], bool]) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [f"{jax.tree_util.keystr(path)} ({leaf.dtype})" for path, leaf in leaves if wrong(leaf.dtype)]
+
+
+_MASTERS: dict[str, _Master] = {
+    "float32": _Master(lambda optimizer, seed: optimizer, _check_float32, "float32 weights and moments"),
+    "bfloat16": _Master(
+        stochastic_rounding, _check_bfloat16, "bfloat16 weights rounded stochastically, float32 moments"
+    ),
+}
+
+
+def _count(flags: Bool[Array, "*dims"]) -> Float32[Array, ""]:
+    """How many are True. float32 stops counting ones at 2**24 and int32 ends at 2**31, so each has its part."""
+    axes, size = [], 1
+    for axis in reversed(range(flags.ndim)):
+        size *= flags.shape[axis]
+        if size >= 2**31:
+            break
+        axes.append(axis)
+    return jnp.sum(jnp.sum(flags, axis=axes, dtype=jnp.int32).astype(jnp.float32))

@@ -19,25 +19,25 @@ from drift_jax.errors import ConfigError
 # key -> value -> what it does, as `drift presets` prints it. The objects: data/rules.py, losses.py, data/prompts.py.
 CHOICES: Mapping[str, Mapping[str, str]] = {
     "data.template": {
-        "generation_prompt": "prompt ends with the assistant's header; ids of a sampled completion are used as drawn",
-        "handbook": "prompt (with an empty system turn) and reply rendered apart; header and system turn of the reply's "
-        "own rendering are completion tokens",
-        "full_render": "prompt and whole dialogue rendered and encoded; the completion is what follows the prompt's ids",
+        "generation_prompt": "prompt ends with the assistant's header; a sampled completion's ids are used as drawn",
+        "handbook": "prompt (with an empty system turn) and reply are rendered apart, so that the completion begins "
+        "with the template's own system turn and the assistant's header",
+        "full_render": "the dialogue is encoded as a whole; the completion is what follows the prompt's ids",
     },
     "data.eos": {
         "turn_end": "the completion ends with its turn end; what the template writes after it is left out",
-        "append_if_missing": "all the template writes; tokenizer's EOS appended unless it is there (TRL <= 0.11)",
-        "append": "all the template writes, and the tokenizer's EOS in any case (TRL 0.12 to 0.28)",
+        "append_if_missing": "all the template writes, then the tokenizer's EOS unless it is there (TRL <= 0.11)",
+        "append": "all the template writes, then the tokenizer's EOS in any case (TRL 0.12 to 0.28)",
         "as_rendered": "all the template writes, nothing appended (TRL >= 0.29)",
     },
     "data.truncation": {
-        "keep_prompt_end": "prompt keeps its last max_prompt_length tokens; each completion its first, within max_length",
-        "trl<=0.11": "only if prompt + longer reply exceed max_length: prompt keeps its end, then both replies their first "
-        "max_length - max_prompt_length tokens",
+        "keep_prompt_end": "prompt keeps its last max_prompt_length tokens; each completion what then fits max_length",
+        "trl<=0.11": "only if prompt + longer reply exceed max_length: prompt keeps its last max_prompt_length tokens; "
+        "if that is not enough, both replies keep their first max_length - max_prompt_length",
         "trl<=0.11 keep_start": "the same, but the prompt keeps its start (truncation_mode: keep_start)",
         "trl0.12": "prompt keeps its last max_prompt_length tokens; prompt + completion their first max_length",
         "trl0.12.0-0.12.2": "as trl0.12, with its bug: the longest rows of group_size pairs lose their last token",
-        "keep_start": "prompt + completion keep their first max_length tokens; pairs whose prompt fills it are dropped",
+        "keep_start": "prompt + completion keep their first max_length tokens; a pair whose prompt fills it is dropped",
     },
     "train.nll_reduction": {
         "global_token_mean": "mean over the chosen tokens of the whole update",
@@ -47,6 +47,10 @@ CHOICES: Mapping[str, Mapping[str, str]] = {
     "train.nll_tokens": {
         "all": "every chosen completion token",
         "nonzero": "tokens whose id is 0 are skipped (TRL 0.12 to 0.28: cross entropy with ignore_index 0)",
+    },
+    "model.pad_embedding": {
+        "trained": "the embedding of the pad token learns like any other",
+        "frozen": "reading it gives no gradient, as in torch (padding_idx); matters where the pad token is in the text",
     },
     "sampling.style": {
         "chat": "dialogue, reply, complaint and request to improve through the chat template",
@@ -61,6 +65,7 @@ _DRIFT = {
     "data.truncation": "keep_prompt_end",
     "train.nll_reduction": "global_token_mean",
     "train.nll_tokens": "all",
+    "model.pad_embedding": "trained",
     "sampling.style": "chat",
 }
 _PAPER = {
@@ -69,6 +74,7 @@ _PAPER = {
     "data.truncation": "trl<=0.11",
     "train.nll_reduction": "group_token_mean",
     "train.nll_tokens": "all",
+    "model.pad_embedding": "frozen",
     "sampling.style": "paper",
 }
 _TRL1 = {
@@ -77,6 +83,7 @@ _TRL1 = {
     "data.truncation": "keep_start",
     "train.nll_reduction": "global_token_mean",
     "train.nll_tokens": "all",
+    "model.pad_embedding": "frozen",
     "sampling.style": "chat",
 }
 PRESETS: Mapping[str, Mapping[str, str]] = MappingProxyType({"drift": _DRIFT, "paper": _PAPER, "trl1": _TRL1})

@@ -43,7 +43,7 @@ def batch(pairs: int, length: int = 12, seed: int = 0) -> tuple[jax.Array, jax.A
 
 @partial(jax.jit, static_argnums=2)
 def shares_of(mask: jax.Array, pair_weights: jax.Array, reduction: str) -> LossWeights:
-    return normalise_weights(count_weights(mask[:, 0], pair_weights, NLL_REDUCTIONS[reduction]))
+    return normalise_weights(count_weights(mask[:, 0], pair_weights, NLL_REDUCTIONS[reduction](4)))
 
 
 @partial(jax.jit, static_argnums=4)
@@ -218,10 +218,10 @@ def test_reductions_by_hand() -> None:
     """Responses of 1, 3 and 2 tokens, the third in a group of its own, then a padding pair."""
     mask = jnp.array([[1, 0, 0], [1, 1, 1], [0, 1, 1], [1, 1, 1]], bool)
     real = jnp.array([1.0, 1.0, 1.0, 0.0])
-    group = partial(NLL_REDUCTIONS["group_token_mean"], group=2)
+    group = NLL_REDUCTIONS["group_token_mean"](2)
     wanted = {
-        NLL_REDUCTIONS["global_token_mean"]: [1 / 6, 1 / 6, 1 / 6],
-        NLL_REDUCTIONS["sequence_mean"]: [1 / 3, 1 / 9, 1 / 6],
+        NLL_REDUCTIONS["global_token_mean"](2): [1 / 6, 1 / 6, 1 / 6],
+        NLL_REDUCTIONS["sequence_mean"](2): [1 / 3, 1 / 9, 1 / 6],
         group: [1 / 8, 1 / 8, 1 / 4],
     }
     for reduction, per_token in wanted.items():
@@ -236,7 +236,7 @@ def test_totals_of_several_batches_add_up() -> None:
     together = [jnp.concatenate(parts) for parts in zip(first, second, strict=True)]
     wanted = objective(*together, shares_of(together[1], jnp.ones(8), "sequence_mean"))[1]
     counted = [
-        count_weights(mask[:, 0], jnp.ones(len(mask)), NLL_REDUCTIONS["sequence_mean"])
+        count_weights(mask[:, 0], jnp.ones(len(mask)), NLL_REDUCTIONS["sequence_mean"](2))
         for _, mask, _ in (first, second)
     ]
     totals = LossTotals(*(sum(parts) for parts in zip(*map(sum_weights, counted), strict=True)))

@@ -21,6 +21,8 @@ from drift_jax.errors import ConfigError, DataError
 from drift_jax.optim import (
     build_optimizer,
     build_schedule,
+    changed_at_peak,
+    changed_share,
     clip_by_global_norm,
     decay_mask,
     describe_optimizer,
@@ -54,7 +56,9 @@ def gradients(scale: float) -> list[dict[str, np.ndarray]]:
 
 
 def hf_schedule(cfg: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    warmup = math.ceil(steps * cfg.warmup_ratio)
+    # The Trainer's own method, which reads one field: a share below 1 or a number of updates.
+    arguments = SimpleNamespace(warmup_steps=cfg.warmup_steps or cfg.warmup_ratio)
+    warmup = transformers.TrainingArguments.get_warmup_steps(arguments, steps) if cfg.warmup_ratio < 1 else steps
     if cfg.schedule == "constant":
         return transformers.get_constant_schedule_with_warmup(optimizer, warmup)
     build = {
@@ -69,9 +73,11 @@ def torch_run(
     grads: list[dict[str, np.ndarray]],
     dtype: torch.dtype,
     stored: torch.dtype | None = None,
+    start: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Runs torch in `dtype`; after each step the weights are rounded to `stored`."""
-    params = {name: torch.nn.Parameter(torch.tensor(w, dtype=dtype)) for name, w in weights().items()}
+    start = weights() if start is None else start
+    params = {name: torch.nn.Parameter(torch.tensor(w, dtype=dtype)) for name, w in start.items()}
     plain = [p for name, p in params.items() if "bias" in name or "norm" in name]
     decayed = [p for name, p in params.items() if "bias" not in name and "norm" not in name]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -237,10 +243,10 @@ def test_global_norm_accumulates_in_float32() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 1000])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.07, 1.0])
-def test_schedules_are_those_of_transformers(schedule: str, steps: int, ratio: float) -> None:
+@pytest.mark.parametrize("ratio, warmup", [(0.0, None), (0.1, None), (0.07, None), (1.0, None), (0.1, 1), (0.1, 20)])
+def test_schedules_are_those_of_transformers(schedule: str, steps: int, ratio: float, warmup: int | None) -> None:
     """Every update's rate in float32 is within 1e-6 relative of transformers in float64."""
-    cfg = config(schedule=schedule, warmup_ratio=ratio)
+    cfg = config(schedule=schedule, warmup_ratio=ratio, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.learning_rate)
     scheduler = hf_schedule(cfg, optimizer, steps)
     wanted = [cfg.learning_rate * scheduler.lr_lambdas[0](k) for k in range(steps)]
@@ -265,6 +271,9 @@ def test_warmup_steps_round_like_the_trainer() -> None:
         for steps in range(1, 400):
             wanted = transformers.TrainingArguments.get_warmup_steps(arguments, steps)
             assert warmup_steps(config(warmup_ratio=ratio), steps) == wanted
+    for number in (1, 5, 300):
+        wanted = transformers.TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=number), 100)
+        assert warmup_steps(config(warmup_ratio=0.5, warmup_steps=number), 100) == wanted == number
     assert warmup_steps(config(warmup_ratio=0.07), 100) == 8, "float rounding, kept because the Trainer has it"
 
 
@@ -275,6 +284,24 @@ def test_total_steps() -> None:
     assert total_steps(64, 32, 1, max_steps=5) == 5
     with pytest.raises(DataError, match="at least one pair, found 0"):
         total_steps(0, 32, 1)
+
+
+def trainer_steps(pairs: int, epochs: float, limit: int | None) -> int:
+    """The updates that transformers' own method counts, in batches of 32."""
+    arguments = SimpleNamespace(max_steps=limit or -1, num_train_epochs=epochs, gradient_accumulation_steps=1)
+    trainer = SimpleNamespace(
+        get_total_train_batch_size=lambda _: 32, get_sp_size=lambda: 1, num_examples=lambda _: pairs
+    )
+    batches = [None] * math.ceil(pairs / 32)
+    return transformers.Trainer.set_initial_training_values(trainer, arguments, batches)[-1]
+
+
+def test_fractional_epochs_end_where_the_trainer_ends() -> None:
+    for pairs in (1, 31, 64, 3200, 491, 10_632):
+        for epochs in (0.001, 0.07, 0.5, 1, 1.1, 1.5, 2.9999, 3):
+            for limit in (None, 7):
+                assert total_steps(pairs, 32, epochs, limit) == trainer_steps(pairs, epochs, limit)
+    assert total_steps(3200, 32, 0.07) == 8, "float rounding, kept because the Trainer has it"
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
@@ -321,8 +348,58 @@ def test_moments_are_float32_and_narrow_masters_are_refused(name: str) -> None:
     state = optimizer.init({"w": jnp.ones(3)})
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert floats and set(floats) == {jnp.dtype("float32")}
-    with pytest.raises(ConfigError, match=r"must be float32.*1 parameters.*'w'.*bfloat16"):
+    with pytest.raises(ConfigError, match=r"must be float32.*1 parameters.*'w'.*bfloat16.*train.master_dtype=bfloat16"):
         optimizer.init({"w": jnp.ones(3, jnp.bfloat16), "v": jnp.ones(3)})
+
+
+def test_changed_share_counts_parameters_that_have_a_gradient() -> None:
+    old = {"a": jnp.arange(4.0), "b": jnp.zeros((2, 3), jnp.bfloat16)}
+    grads = {"a": jnp.array([1.0, 0.0, -1.0, 1e-37]), "b": jnp.ones((2, 3), jnp.bfloat16).at[0, 0].set(0)}
+    new = {"a": old["a"].at[0].add(1).at[1].add(1), "b": old["b"].at[0].set(1)}
+    # a: 3 have a gradient, 1 of them moved (another moved without one); b: 5 have one, 2 of them moved.
+    share = jax.jit(changed_share)(old, new, grads)
+    assert share.dtype == jnp.float32
+    assert float(share) == pytest.approx(3 / 8)
+    assert float(changed_share(old, old, grads)) == 0.0
+    assert float(changed_share(old, old, jax.tree.map(jnp.zeros_like, grads))) == 1.0
+    nan = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), grads)
+    assert float(changed_share(old, nan, nan)) == 1.0
+
+
+def test_changed_share_counts_past_the_ends_of_float32_and_int32() -> None:
+    """A scalar made 3 * 2**30 elements inside the program takes no memory; a third of it changes."""
+
+    @jax.jit
+    def share(old: jax.Array, new: jax.Array, grad: jax.Array) -> jax.Array:
+        return changed_share(*({"w": jnp.broadcast_to(x[:, None], (3, 2**30))} for x in (old, new, grad)))
+
+    old, new = jnp.zeros(3, jnp.int8), jnp.array([1, 0, 0], jnp.int8)
+    assert float(share(old, new, jnp.ones(3, jnp.int8))) == pytest.approx(1 / 3, rel=1e-6)
+    many = jnp.ones(2**25 + 2**20, jnp.int8)  # float32 cannot count ones beyond 2**24
+    assert float(changed_share(many, many.at[: 2**25].set(0), many)) == pytest.approx(32 / 33, rel=1e-6)
+
+
+def test_changed_at_peak_does_not_depend_on_the_warm_up() -> None:
+    """The same gradient in the second update of warm-ups from 1 to 10000 updates, where the rate is peak / warm-up.
+
+    Weights are from 1e-3 to 20. Those from 16 on, 2 % of them, are 1.9e-6 apart and take no update of 5e-7; most take
+    no 10000th of it.
+    """
+    params = {"w": jnp.asarray(np.geomspace(1e-3, 20, 4096), jnp.float32)}
+    grads = {"w": jnp.ones(4096)}
+    shares, actual = [], []
+    for warmup in (1, 35, 10_000):
+        cfg = config(optimizer="adamw", warmup_steps=warmup)
+        optimizer, rate = build_optimizer(cfg, 20_000), build_schedule(cfg, 20_000)(1)
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+        updates, _ = optimizer.update(grads, state, params)
+        shares.append(float(changed_at_peak(cfg, params, updates, grads, rate)))
+        actual.append(float(changed_share(params, optax.apply_updates(params, updates), grads)))
+    assert shares == pytest.approx([math.log(16 / 1e-3) / math.log(20 / 1e-3)] * 3, abs=1e-3)
+    assert shares[0] == actual[0]
+    assert actual[1] < 0.7 and actual[2] < 0.01
+    zero = changed_at_peak(config(), params, jax.tree.map(jnp.zeros_like, params), grads, jnp.zeros(()))
+    assert float(zero) == 0.0
 
 
 def test_decay_rate_of_one_is_refused() -> None:
@@ -350,8 +427,13 @@ def test_description_names_what_is_resolved() -> None:
         "5e-07",
         "35 of 345",
         "linear to 0",
+        "float32 weights and moments.",
     ):
         assert part in text
+    text = describe_optimizer(config(warmup_steps=20, master_dtype="bfloat16"), 345)
+    for part in ("over 20 of 345 updates", "bfloat16 weights rounded stochastically, float32 moments."):
+        assert part in text
+    assert "over 20 updates, of which the stage has 9" in describe_optimizer(config(warmup_steps=20), 9)
     text = describe_optimizer(config(optimizer="adamw", weight_decay=0.1, schedule="constant", warmup_ratio=0.0), 9)
     for part in ("adamw", "0.9 and 0.999", "weight decay 0.1", "no warm-up", "then constant"):
         assert part in text

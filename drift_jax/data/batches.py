@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from drift_jax.data.pairs import TokenizedPair
+from drift_jax.data.rules import GroupCut
 from drift_jax.sharding import Dims, build_sharding
 
 # Rows are padded to one of few lengths, so that few programs are compiled.
@@ -72,7 +73,11 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
 
 @dataclass(frozen=True)
 class PairLoader:
-    """Batches of a fixed number of pairs over tokenised pairs."""
+    """Batches of a fixed number of pairs over tokenised pairs.
+
+    With `group_cut`, `group_size` neighbours of a shuffled batch decide which completions lose their last token; it
+    is masked, here and in the reference's log-probs, since nothing after it sees it.
+    """
 
     pairs: Sequence[TokenizedPair]
     ref_logps: Float[np.ndarray, "N 2"]
@@ -80,6 +85,9 @@ class PairLoader:
     accumulation_steps: int
     max_length: int
     seed: int = 0
+    group_cut: GroupCut | None = None
+    group_size: int = 1
+    ref_last_logps: Float[np.ndarray, "N 2"] | None = None  # of the last tokens; needed with `group_cut`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,7 +97,8 @@ class PairLoader:
         """The batch of an update; `step` counts from 0 over all epochs. The last of an epoch may be part padding."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = epoch_order(len(self.pairs), self.seed, epoch)
-        return self._build(order[position * self.batch_size :][: self.batch_size])
+        rows = order[position * self.batch_size :][: self.batch_size]
+        return self._build(rows, self._lost_ends(rows))
 
     def by_length(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
         """All pairs once, longest first, each batch with the positions of its pairs in `pairs`.
@@ -100,9 +109,19 @@ class PairLoader:
         order = np.argsort([-longest_row(pair) for pair in self.pairs], kind="stable")
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            yield rows, self._build(rows)
+            yield rows, self._build(rows, np.zeros((len(rows), 2), bool))
 
-    def _build(self, rows: Int[np.ndarray, "R"]) -> PairBatch:
+    def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
+        """Which completions lose their last token because of their neighbours."""
+        lost = np.zeros((len(rows), 2), bool)
+        for start in range(0, len(rows), self.group_size) if self.group_cut else ():
+            group = [self.pairs[row] for row in rows[start : start + self.group_size]]
+            prompts = np.array([len(pair.prompt_ids) for pair in group])
+            completions = np.array([pair.completion_lengths for pair in group])
+            lost[start : start + len(group)] = self.group_cut(prompts, completions, self.max_length)
+        return lost
+
+    def _build(self, rows: Int[np.ndarray, "R"], lost_ends: Bool[np.ndarray, "R 2"]) -> PairBatch:
         chosen = [self.pairs[row] for row in rows]
         longest = max(map(longest_row, chosen))
         length = next(bucket for bucket in length_buckets(self.max_length) if bucket >= longest)
@@ -113,9 +132,11 @@ class PairLoader:
             for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
                 ids[i, side, :start] = pair.prompt_ids
                 ids[i, side, start : start + len(completion)] = completion
-                mask[i, side, start : start + len(completion)] = True
+                mask[i, side, start : start + len(completion) - int(lost_ends[i, side])] = True
         ref_logps = np.zeros((self.batch_size, 2), np.float32)
         ref_logps[: len(rows)] = self.ref_logps[rows]
+        if self.ref_last_logps is not None:
+            ref_logps[: len(rows)] -= np.where(lost_ends, self.ref_last_logps[rows], 0.0)
         real = np.arange(self.batch_size) < len(rows)
         micro = (self.accumulation_steps, self.batch_size // self.accumulation_steps)
         return PairBatch(*(a.reshape(micro + a.shape[1:]) for a in (ids, mask, real, ref_logps)))

@@ -53,7 +53,7 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
     eos = [*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id"), *of_token["eos_token"]]
     pad = [*of_token["pad_token"], *_ids(generation, "pad_token_id"), *_ids(model, "pad_token_id")]
     try:
-        return ChatTokenizer(backend, _renderer(template, special), template, eos, pad)
+        return ChatTokenizer(backend, _renderer(template, special), template, eos, pad, of_token["eos_token"])
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from None
 
@@ -87,6 +87,8 @@ class ChatTokenizer:
       eos_ids: every id that ends a completion: of the turn's end, generation_config.json, config.json and the
         tokenizer.
       turn_end_id: the id that the template writes after an assistant's reply (ChatML: `<|im_end|>`).
+      eos_token_id: the id of the tokenizer's own `eos_token`; the turn end where it names none.
+      knows_system: whether the template has a place for a system message.
       pad_id: an id to fill with. It may equal an EOS id: mask by position, never by `ids != pad_id`.
       vocab_size: highest id + 1, added tokens included.
       control_ids: the ids of all added tokens. Text never becomes one of them.
@@ -99,6 +101,7 @@ class ChatTokenizer:
         template: str,
         eos_ids: Sequence[int],
         pad_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
     ) -> None:
         self._backend = backend
         self._render = render
@@ -119,6 +122,8 @@ class ChatTokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.turn_end_id = self._find_turn_end()
         self.eos_ids = tuple(dict.fromkeys([self.turn_end_id, *eos_ids]))
+        self.eos_token_id = [*eos_token_ids, self.turn_end_id][0]
+        self.knows_system = "system" in template or "<|im_start|>" in template
         self.pad_id = [*pad_ids, *self.eos_ids][0]
         self._check_against_backend()
 
@@ -137,10 +142,16 @@ class ChatTokenizer:
         return self._encode(self._rendered(messages, add_generation_prompt, shield), shield)
 
     def encode_completion(self, prompt: Sequence[Message], reply: str) -> list[int]:
-        """Ids of `reply` as the answer to `prompt`: what follows `encode_chat(prompt)`, with one turn end id.
+        """Ids of `reply` as the answer to `prompt`, up to its turn end.
 
         What the template writes after the turn's end (ChatML: a newline) is not part of it: no sampler would
-        produce it.
+        produce it. Raises as `encode_reply`.
+        """
+        ids = self.encode_reply(prompt, reply)
+        return ids[: ids.index(self.turn_end_id) + 1]
+
+    def encode_reply(self, prompt: Sequence[Message], reply: str) -> list[int]:
+        """Ids of all that the template writes after `encode_chat(prompt)` when `reply` is the answer.
 
         Raises:
           DataError: the template writes the dialogue with the reply in another way than the prompt alone, so
@@ -158,7 +169,7 @@ class ChatTokenizer:
         ids = self._encode(whole[len(before) :], shield)
         if self.turn_end_id not in ids:
             raise DataError(f"the chat template writes no turn end (id {self.turn_end_id}) after the reply.")
-        return ids[: ids.index(self.turn_end_id) + 1]
+        return ids
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, nothing added. A control token that is spelled out stays text.

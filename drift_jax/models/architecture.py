@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class QwenConfig:
     tied: bool  # tie_word_embeddings
     qkv_bias: bool  # Qwen2
     qk_norm: bool  # Qwen3
+    pad_token_id: int | None = None
+    pad_trains: bool = True  # False: reading the pad token's embedding gives no gradient (see PAD_EMBEDDINGS)
 
     @property
     def num_parameters(self) -> int:
@@ -38,6 +40,14 @@ class QwenConfig:
         small += self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         tables = self.vocab_size * self.embed * (1 if self.tied else 2)
         return self.layers * (attention + 3 * self.embed * self.mlp + small) + tables + self.embed
+
+
+# transformers makes the embedding with `padding_idx=pad_token_id`, and torch then drops the gradient of that row. Where
+# a model pads with a token that means something (its turn end, or "!" where the id is 0), its embedding never learns.
+PAD_EMBEDDINGS: Mapping[str, Callable[[QwenConfig], QwenConfig]] = {
+    "trained": lambda config: replace(config, pad_trains=True),
+    "frozen": lambda config: replace(config, pad_trains=False),
+}
 
 
 def load_hf_config(model_dir: str | Path) -> dict[str, Any]:
@@ -84,6 +94,7 @@ def qwen_config_from_hf(config: Mapping[str, Any], source: str = "config.json") 
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
+            pad_token_id=config.get("pad_token_id"),
         )
     except KeyError as missing:
         raise ModelError(f"{source}: key {missing} is missing.") from None

@@ -270,7 +270,10 @@ class Qwen(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return constrain(self.embed[...].astype(self.dtype)[ids], "batch", "length", None)
+        x = self.embed[...].astype(self.dtype)[ids]
+        if self.config.pad_token_id is not None and not self.config.pad_trains:
+            x = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
+        return constrain(x, "batch", "length", None)
 
 
 class Declared(NamedTuple):
@@ -312,10 +315,12 @@ def param_shardings(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[s
     )
 
 
-def abstract_params(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Float32 parameters as `jax.ShapeDtypeStruct`s with their placement: what a checkpoint is restored to."""
+def abstract_params(
+    declared: dict[str, Any], mesh: jax.sharding.Mesh, dtype: DTypeLike = jnp.float32
+) -> dict[str, Any]:
+    """Parameters as `jax.ShapeDtypeStruct`s with their placement: what a checkpoint is restored to."""
     return jax.tree.map(
-        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding),
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, dtype, sharding=sharding),
         declared,
         param_shardings(declared, mesh),
         is_leaf=is_declared,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -12,13 +13,19 @@ from jaxtyping import Float
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import StageError
 
-RefLogps = Float[np.ndarray, "N 2"]
+
+class RefLogps(NamedTuple):
+    """Of each pair, in nats under the reference."""
+
+    logps: Float[np.ndarray, "N 2"]  # summed over the completion
+    last_logps: Float[np.ndarray, "N 2"]  # of the completion's last token
 
 
-def write_ref_logps(path: Path, pairs: list[TokenizedPair], logps: RefLogps) -> None:
+def write_ref_logps(path: Path, pairs: list[TokenizedPair], ref: RefLogps) -> None:
     temporary = path.with_name(".ref_logps.tmp.npz")
     try:
-        np.savez(temporary, ids=np.array([p.id for p in pairs]), tokens=_token_hashes(pairs), ref_logps=logps)
+        ids, tokens = np.array([p.id for p in pairs]), _token_hashes(pairs)
+        np.savez(temporary, ids=ids, tokens=tokens, ref_logps=ref.logps, ref_last_logps=ref.last_logps)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StageError(f"cannot write {path}: {error}. Free space and run again.") from None
@@ -32,7 +39,7 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     with np.load(path) as stored:
         if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
             return None
-        return stored["ref_logps"]
+        return RefLogps(stored["ref_logps"], stored["ref_last_logps"])
 
 
 def _token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:

@@ -11,15 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_jax.data.pairs import (
-    DRIFT_RULES,
-    TokenizedPair,
-    TruncationCounts,
-    count_truncation,
-    keep_prompt_end,
-    tokenize_pair,
-    tokenize_pairs,
-)
+from drift_jax.data.pairs import TruncationCounts, count_truncation, tokenize_pair
+from drift_jax.data.rules import DRIFT_RULES, PairIds, Truncation, keep_prompt_end
 from drift_jax.data.tokenizer import ChatTokenizer, load_tokenizer
 from drift_jax.errors import DataError
 from drift_jax.records import Message, Pair, read_dsat
@@ -102,40 +95,32 @@ def test_template_that_rewrites_the_prompt_refuses_the_pair(tmp_path: Path) -> N
         "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
     )
     with pytest.raises(DataError, match="pair a: the chat template writes the prompt differently"):
-        tokenize_pairs([PAIR], load_tokenizer(directory), 1024, 2048)
+        tokenize_pair(PAIR, load_tokenizer(directory), 1024, 2048)
 
 
 # ------------------------------------------------------------------------------------------- cutting
 
 
-def arange_pair(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
+def arange_pair(prompt: int, chosen: int, rejected: int) -> PairIds:
     """Ids that tell where they stood: 0.. in the prompt, 1000.. in chosen, 2000.. in rejected."""
-    return TokenizedPair(
-        "p",
-        np.arange(prompt, dtype=np.int32),
-        np.arange(1000, 1000 + chosen, dtype=np.int32),
-        np.arange(2000, 2000 + rejected, dtype=np.int32),
-    )
+    return PairIds(list(range(prompt)), list(range(1000, 1000 + chosen)), list(range(2000, 2000 + rejected)))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "prompt", "chosen", "rejected", "cuts"),
+    ("sizes", "prompt", "chosen", "rejected"),
     [
         # max_prompt_length 4, max_length 10
-        ((3, 5, 6), range(0, 3), range(1000, 1005), range(2000, 2006), (0, 0, 0)),
-        ((3, 7, 8), range(0, 3), range(1000, 1007), range(2000, 2007), (0, 0, 1)),
+        ((3, 5, 6), range(0, 3), range(1000, 1005), range(2000, 2006)),
+        ((3, 7, 8), range(0, 3), range(1000, 1007), range(2000, 2007)),
         # The prompt keeps its end, also when the whole pair would fit.
-        ((5, 1, 1), range(1, 5), range(1000, 1001), range(2000, 2001), (1, 0, 0)),
+        ((5, 1, 1), range(1, 5), range(1000, 1001), range(2000, 2001)),
         # Each completion is cut for itself.
-        ((9, 20, 6), range(5, 9), range(1000, 1006), range(2000, 2006), (5, 14, 0)),
+        ((9, 20, 6), range(5, 9), range(1000, 1006), range(2000, 2006)),
     ],
 )
-def test_budgets(sizes: Any, prompt: range, chosen: range, rejected: range, cuts: Any) -> None:
+def test_budgets(sizes: Any, prompt: range, chosen: range, rejected: range) -> None:
     pair = keep_prompt_end(arange_pair(*sizes), max_prompt_length=4, max_length=10)
-    assert pair.prompt_ids.tolist() == list(prompt)
-    assert pair.chosen_ids.tolist() == list(chosen)
-    assert pair.rejected_ids.tolist() == list(rejected)
-    assert (pair.prompt_tokens_cut, pair.chosen_tokens_cut, pair.rejected_tokens_cut) == cuts
+    assert pair == PairIds(list(prompt), list(chosen), list(rejected))
 
 
 @settings(max_examples=200, deadline=None)
@@ -144,26 +129,21 @@ def test_budgets(sizes: Any, prompt: range, chosen: range, rejected: range, cuts
     max_prompt_length=st.integers(1, 30),
     room=st.integers(1, 30),
 )
-def test_nothing_is_lost_without_being_counted(sizes: tuple[int, int, int], max_prompt_length: int, room: int) -> None:
-    whole = arange_pair(*sizes)
+def test_a_token_is_left_of_each_part(sizes: tuple[int, int, int], max_prompt_length: int, room: int) -> None:
     max_length = max_prompt_length + room
-    pair = keep_prompt_end(whole, max_prompt_length, max_length)
-    prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-    assert 0 < prompt <= max_prompt_length
-    assert chosen > 0 and prompt + chosen <= max_length
-    assert rejected > 0 and prompt + rejected <= max_length
-    assert prompt + pair.prompt_tokens_cut == sizes[0]
-    assert chosen + pair.chosen_tokens_cut == sizes[1]
-    assert rejected + pair.rejected_tokens_cut == sizes[2]
+    pair = keep_prompt_end(arange_pair(*sizes), max_prompt_length, max_length)
+    assert 0 < len(pair.prompt) <= max_prompt_length
+    assert 0 < len(pair.chosen) <= max_length - len(pair.prompt)
+    assert 0 < len(pair.rejected) <= max_length - len(pair.prompt)
 
 
 def test_cuts_are_counted(tokenizer: ChatTokenizer) -> None:
     whole = tokenize_pair(PAIR, tokenizer, 1024, 2048)
     size, chosen = len(whole.prompt_ids), len(whole.chosen_ids)
     limit = size - 3
-    pairs, counts = tokenize_pairs(
-        [PAIR, dataclasses.replace(PAIR, id="b", rejected="No. " * 10)], tokenizer, limit, limit + chosen - 1
-    )
+    long = dataclasses.replace(PAIR, id="b", rejected="No. " * 10)
+    pairs = [tokenize_pair(pair, tokenizer, limit, limit + chosen - 1) for pair in (PAIR, long)]
+    counts = count_truncation(pairs)
     rejected = len(tokenizer.encode_completion(PAIR.prompt, "No. " * 10))
     assert [pair.id for pair in pairs] == ["a", "b"]
     assert counts == TruncationCounts(
@@ -184,11 +164,12 @@ def test_cuts_are_counted(tokenizer: ChatTokenizer) -> None:
 def test_rules_are_data(tokenizer: ChatTokenizer) -> None:
     """Another way to cut is another object; what it empties is counted."""
 
-    def keep_nothing(pair: TokenizedPair, max_prompt_length: int, max_length: int) -> TokenizedPair:
-        return dataclasses.replace(pair, chosen_ids=pair.chosen_ids[:0])
+    def keep_nothing(pair: PairIds, max_prompt_length: int, max_length: int) -> PairIds:
+        return dataclasses.replace(pair, chosen=[])
 
-    rules = dataclasses.replace(DRIFT_RULES, truncate=keep_nothing)
-    assert tokenize_pairs([PAIR], tokenizer, 4, 10, rules)[1].completions_emptied == 1
+    rules = dataclasses.replace(DRIFT_RULES, truncation=Truncation(keep_nothing))
+    pair = tokenize_pair(PAIR, tokenizer, 4, 10, rules)
+    assert pair.emptied and count_truncation([pair]).completions_emptied == 1
 
 
 @pytest.mark.parametrize(("max_prompt_length", "max_length"), [(0, 10), (10, 10), (11, 10)])

@@ -1,0 +1,547 @@
+"""alignment-handbook files: what every key becomes, what is refused, and how that reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from drift_jax.config import RunConfig
+from drift_jax.errors import ConfigError
+from drift_jax.handbook import (
+    DatasetMixture,
+    DatasetPart,
+    Translation,
+    is_handbook_file,
+    translate_handbook,
+    translation_table,
+)
+from drift_jax.handbook.keys import ALIASES, CHOICES, DIRECT, IGNORED, ONLY, STACKS
+from drift_jax.handbook.translation import _ALL_RULES, KNOWN_KEYS
+
+REPO = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).parent / "handbook"
+PUBLISHED = sorted((REPO / "configs" / "handbook").glob("*.yaml"))
+
+
+def translate(tmp_path: Path, devices: int = 1, **keys: Any) -> Translation:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model_name_or_path": "org/model"} | keys), encoding="utf-8")
+    return translate_handbook(path, devices)
+
+
+def ours(translation: Translation) -> dict[str, str]:
+    return {row.key: row.ours for row in translation.rows}
+
+
+# --- the six published configs ----------------------------------------------------------------------------
+
+# recipe.md, "Training [C]"; the same for 7B and 14B. Devices: 3, so that none of the numbers comes from elsewhere.
+DEVICES = 3
+VALUES: dict[str, Any] = {
+    "preset": "paper",
+    "train.beta": 0.1,
+    "train.rpo_alpha": 0.001,
+    "train.label_smoothing": 0.0,
+    "train.optimizer": "rmsprop",
+    "train.rmsprop_decay": 0.99,
+    "train.rmsprop_epsilon": 1e-8,
+    "train.weight_decay": 0.0,
+    "train.learning_rate": 5e-7,
+    "train.schedule": "linear",
+    "train.warmup_ratio": 0.1,
+    "train.warmup_steps": None,
+    "train.max_grad_norm": 1.0,
+    "train.max_steps": None,
+    "train.group_size": 4,
+    "train.batch_size": 4 * DEVICES,
+    "train.accumulation_steps": 1,
+    "train.nll_reduction": "group_token_mean",
+    "train.nll_tokens": "all",
+    "train.master_dtype": "float32",
+    "train.seed": 42,
+    "model.compute_dtype": "bfloat16",
+    "model.remat": "layer",
+    "data.max_length": 2048,
+    "data.max_prompt_length": 1024,
+    "data.template": "handbook",
+    "data.eos": "append_if_missing",
+    "data.truncation": "trl<=0.11",
+    "recipe.reference": "previous",
+    "sampling.style": "paper",
+}
+
+
+def lookup(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_there_are_six() -> None:
+    assert [path.stem for path in PUBLISHED] == [
+        f"qwen2.5-{size}-{stage}" for size in ("14b", "7b") for stage in ("iter1", "iter2", "seed")
+    ]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("key", VALUES)
+def test_published_value(path: Path, key: str) -> None:
+    assert lookup(translate_handbook(path, DEVICES).build(), key) == VALUES[key]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_epochs_and_models(path: Path) -> None:
+    config = translate_handbook(path, DEVICES).build()
+    _, size, stage = path.stem.split("-")
+    epochs = 3 if stage == "seed" else 1
+    assert (config.train.epochs, config.recipe.seed_epochs) == (epochs, epochs)
+    start = {
+        "seed": f"Qwen/Qwen2.5-{size.upper()}-Instruct",
+        "iter1": f"runs/handbook/qwen2.5-{size}/seed/hf",
+        "iter2": f"runs/handbook/qwen2.5-{size}/iter_1/hf",
+    }
+    assert config.model.path == start[stage]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_file_names_pairs_for_both_splits(path: Path) -> None:
+    mixture = translate_handbook(path, DEVICES).mixture
+    assert [part.share for part in mixture.train] == [1.0]
+    assert "train" in mixture.train[0].split and "test" in mixture.test[0].split
+    assert mixture.seed == 42
+
+
+def test_each_stage_starts_where_the_one_before_ends() -> None:
+    for size in ("7b", "14b"):
+        seed, first, second = (
+            translate_handbook(REPO / f"configs/handbook/qwen2.5-{size}-{stage}.yaml", 1).build()
+            for stage in ("seed", "iter1", "iter2")
+        )
+        assert first.model.path == f"{seed.run_dir}/hf" and second.model.path == f"{first.run_dir}/hf"
+
+
+# --- whole files ------------------------------------------------------------------------------------------
+
+
+def test_an_old_recipe() -> None:
+    translation = translate_handbook(FIXTURES / "old.yaml", devices=4)
+    config = translation.build()
+    train = config.train
+    assert config.preset == "paper" and config.model.revision == "main"
+    assert (train.batch_size, train.accumulation_steps, train.group_size, train.eval_batch_size) == (64, 2, 8, 16)
+    assert (train.beta, train.learning_rate, train.schedule, train.seed) == (0.01, 5e-7, "cosine", 7)
+    assert (train.epochs, train.rpo_alpha, train.eval_every) == (1, 0.0, 100)
+    assert train.optimizer == "rmsprop"  # what that handbook took where the file is silent
+    assert (config.data.max_length, config.data.max_prompt_length) == (1024, 512)
+    assert config.data.truncation == "trl<=0.11 keep_start"
+    assert (config.checkpoint.every_steps, config.checkpoint.keep) == (100, 3)
+    assert (config.tracking.log_every, config.tracking.trackers) == (10, ("tensorboard", "wandb"))
+    assert translation.mixture == DatasetMixture(
+        train=(
+            DatasetPart("org/one", "train_prefs", "default", share=1.0),
+            DatasetPart("org/two", "train_prefs", "big", share=0.25),
+        ),
+        test=(DatasetPart("org/one", "test_prefs", "default"), DatasetPart("org/two", "test_prefs", "big")),
+    )
+
+
+def test_a_new_recipe() -> None:
+    translation = translate_handbook(FIXTURES / "new.yaml", devices=4)
+    config = translation.build()
+    assert (config.preset, config.data.template, config.data.truncation) == ("paper", "full_render", "trl0.12")
+    assert (config.data.eos, config.train.nll_tokens) == ("append", "nonzero")
+    assert (config.data.max_length, config.data.max_prompt_length) == (1024, 256)
+    assert (config.train.optimizer, config.train.warmup_steps, config.train.epochs) == ("adamw", 20, 2)
+    assert (config.model.compute_dtype, config.checkpoint.every_steps) == ("bfloat16", "end")
+    assert translation.mixture == DatasetMixture(
+        train=(
+            DatasetPart("org/one", "train_prefs", "default", ("chosen", "rejected"), 0.5),
+            DatasetPart("org/two", "train"),
+        ),
+        seed=1,
+        shuffle_parts=True,
+        test_size=2000,
+    )
+
+
+def test_a_list_of_losses_is_trl_1(tmp_path: Path) -> None:
+    translation = translate(
+        tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.005], max_prompt_length=9, label_smoothing=0.1
+    )
+    config = translation.build()
+    assert (config.preset, config.data.truncation, config.train.rpo_alpha) == ("trl1", "keep_start", 0.005)
+    assert (config.data.max_length, config.model.compute_dtype, config.tracking.log_every) == (1024, "bfloat16", 10)
+    assert config.train.label_smoothing == 0.0 and "does not read it" in ours(translation)["label_smoothing"]
+    assert "one cut" in ours(translation)["max_prompt_length"]
+
+
+@pytest.mark.parametrize("name", ["old.yaml", "new.yaml"])
+def test_every_key_of_a_file_is_in_one_row(name: str) -> None:
+    raw = yaml.safe_load((FIXTURES / name).read_text(encoding="utf-8"))
+    rows = translate_handbook(FIXTURES / name, 1).rows
+    assert [row.key for row in rows if not row.default] == list(raw)
+    defaults = [row.key for row in rows if row.default]
+    assert len(set(defaults)) == len(defaults) and not set(defaults) & {ALIASES.get(key, key) for key in raw}
+    assert all(row.ours for row in rows)
+
+
+@pytest.mark.parametrize("name", ["old.yaml", "new.yaml"])
+def test_every_setting_is_in_one_row(name: str) -> None:
+    """What the config says beyond the preset stands in the table, with its value."""
+    translation = translate_handbook(FIXTURES / name, 2)
+    text = "\n".join(row.ours for row in translation.rows)
+    for section, values in translation.config.items():
+        for leaf in values if isinstance(values, dict) else [""]:
+            assert text.count(f"{section}.{leaf} = " if leaf else f"{section} = ") == 1, (section, leaf)
+
+
+def test_the_table_prints_keys_values_and_reasons(tmp_path: Path) -> None:
+    console = Console(width=160, record=True)
+    rows = translate(tmp_path, output_dir="runs/[red]x", trust_remote_code=True, rpo_alpha=0.001).rows
+    console.print(translation_table(rows))
+    text = console.export_text()
+    assert "runs/[red]x" in text
+    assert "code of a model's repository is never executed here" in text
+    assert "train.rpo_alpha = 0.001" in text
+    assert "1e-06 (default)" in text and "train.learning_rate = 1e-06" in text
+
+
+def test_overrides_come_after_the_translation() -> None:
+    translation = translate_handbook(PUBLISHED[0], 8)
+    assert translation.build(["train.beta=0.3"]).train.beta == 0.3
+    assert translation.build().train.beta == 0.1
+    other = translation.build(["data.truncation=trl0.12"])
+    assert (other.data.eos, other.train.nll_tokens) == ("append", "nonzero")
+    assert translation.build(["preset=drift"]).data.template == "generation_prompt"
+    assert translation.build(["preset=drift"]).data.truncation == "keep_prompt_end"
+    with pytest.raises(ConfigError, match="bta"):
+        translation.build(["train.bta=1"])
+
+
+def test_what_is_a_handbook_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    assert is_handbook_file(PUBLISHED[0])
+    assert not is_handbook_file(REPO / "configs" / "qwen2.5-7b.yaml")
+    path.write_text("model_name_or_path: x\ntrain: {beta: 1}\n", encoding="utf-8")
+    assert not is_handbook_file(path)
+    path.write_text("beta: 0.1\n", encoding="utf-8")
+    assert not is_handbook_file(path)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "", "a: [1", "42"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        translate_handbook(path, 1)
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        is_handbook_file(path)
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        translate_handbook(tmp_path / "none.yaml", 1)
+
+
+# --- single keys ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, {"model.compute_dtype": "float32", "model.remat": "none", "train.learning_rate": 1e-6}),
+        ({}, {"train.epochs": 3, "train.warmup_ratio": 0.0, "data.max_length": 512, "data.max_prompt_length": 128}),
+        ({}, {"train.batch_size": 16, "train.eval_batch_size": 16, "train.group_size": 8, "train.rpo_alpha": 0}),
+        ({}, {"checkpoint.every_steps": 500, "checkpoint.keep": 2, "tracking.log_every": 500, "tracking.trackers": ()}),
+        ({}, {"run_dir": "runs/recipe", "train.eval_every": None, "train.max_steps": None, "train.seed": 42}),
+        ({"bf16": False, "gradient_checkpointing": False}, {"model.compute_dtype": "float32", "model.remat": "none"}),
+        ({"bf16": True, "activation_checkpointing": True}, {"model.compute_dtype": "bfloat16", "model.remat": "layer"}),
+        ({"bf16": None, "learning_rate": None}, {"model.compute_dtype": "float32", "train.learning_rate": 1e-6}),
+        (
+            {"lr_scheduler_type": "constant", "warmup_ratio": 0.3},
+            {"train.schedule": "constant", "train.warmup_ratio": 0},
+        ),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, {"train.warmup_ratio": 0, "train.warmup_steps": None}),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.3},
+            {"train.schedule": "constant", "train.warmup_ratio": 0.3},
+        ),
+        ({"lr_scheduler_type": "cosine"}, {"train.schedule": "cosine"}),
+        ({"warmup_steps": 5, "warmup_ratio": 0.3}, {"train.warmup_steps": 5}),
+        ({"warmup_steps": 5.0}, {"train.warmup_steps": 5, "train.warmup_ratio": 0.0}),
+        ({"warmup_steps": 0, "warmup_ratio": 0.3}, {"train.warmup_steps": None, "train.warmup_ratio": 0.3}),
+        ({"warmup_steps": 0}, {"train.warmup_steps": None, "train.warmup_ratio": 0.0}),
+        ({"warmup_steps": 0.05, "warmup_ratio": 0.3}, {"train.warmup_steps": None, "train.warmup_ratio": 0.05}),
+        ({"max_steps": 20}, {"train.max_steps": 20}),
+        ({"max_steps": 0}, {"train.max_steps": None}),
+        ({"optim": "adamw_torch"}, {"train.optimizer": "adamw"}),
+        ({"optim": "paged_adamw_32bit"}, {"train.optimizer": "adamw"}),
+        ({"rpo_alpha": 0.5}, {"train.rpo_alpha": 0.5, "preset": "paper"}),
+        ({"loss_type": ["sigmoid", "sft"]}, {"train.rpo_alpha": 1.0, "preset": "trl1"}),
+        ({"loss_type": ["sigmoid"]}, {"train.rpo_alpha": 0.0, "preset": "trl1", "train.optimizer": "adamw"}),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, {"train.label_smoothing": 0.1, "preset": "paper"}),
+        ({"truncation_mode": "keep_end"}, {"data.truncation": "trl<=0.11"}),
+        ({"eval_strategy": "steps", "logging_steps": 7}, {"train.eval_every": 7}),
+        ({"eval_strategy": "steps", "logging_steps": 7, "eval_steps": 3}, {"train.eval_every": 3}),
+        ({"eval_strategy": "epoch", "eval_steps": 3}, {"train.eval_every": "epoch"}),
+        ({"eval_strategy": False}, {"train.eval_every": None}),  # a bare `no`
+        ({"evaluation_strategy": "epoch"}, {"train.eval_every": "epoch"}),
+        ({"save_strategy": False, "save_steps": 9}, {"checkpoint.every_steps": "end"}),
+        ({"save_strategy": "epoch"}, {"checkpoint.every_steps": "epoch"}),
+        ({"save_steps": 9, "save_total_limit": 5}, {"checkpoint.every_steps": 9, "checkpoint.keep": 5}),
+        ({"save_total_limit": 0}, {"checkpoint.keep": 2}),
+        ({"report_to": "tensorboard"}, {"tracking.trackers": ("tensorboard",)}),
+        ({"report_to": ["none"]}, {"tracking.trackers": ()}),
+        ({"report_to": [], "wandb_project": "p"}, {"tracking.trackers": (), "tracking.project": "p"}),
+        ({"seed": 3, "data_seed": 9}, {"train.seed": 9}),
+        ({"seed": 3, "data_seed": None}, {"train.seed": 3}),
+        ({"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}, {"train.adam_beta1": 0.8}),
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, {"train.batch_size": 30}),
+        ({"tokenizer_name_or_path": "org/model"}, {"model.path": "org/model"}),
+    ],
+)
+def test_key(tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = translate(tmp_path, devices=2, **keys).build()
+    assert {key: lookup(config, key) for key in expected} == expected
+
+
+def test_all_trackers_are_the_installed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
+    assert translate(tmp_path, report_to="all").build().tracking.trackers == ("tensorboard",)
+
+
+def test_a_default_row_is_marked_and_a_null_row_is_not(tmp_path: Path) -> None:
+    rows = {row.key: row for row in translate(tmp_path, beta=None).rows}
+    assert not rows["beta"].default and rows["beta"].ours == "train.beta = 0.1"
+    assert rows["learning_rate"].default and rows["optim"].default
+
+
+def test_a_test_split_is_not_named_where_nothing_is_evaluated(tmp_path: Path) -> None:
+    assert translate(tmp_path, dataset_name="org/x").mixture.test == ()
+    mixture = translate(tmp_path, dataset_name="org/x", dataset_test_split="dev", eval_strategy="epoch").mixture
+    assert mixture == DatasetMixture((DatasetPart("org/x", "train"),), (DatasetPart("org/x", "dev"),), seed=None)
+
+
+def test_the_seed_of_a_newer_mixture_is_0(tmp_path: Path) -> None:
+    assert translate(tmp_path, dataset_mixture={"datasets": [{"id": "x"}]}).mixture == DatasetMixture(
+        (DatasetPart("x", "train"),), seed=0, shuffle_parts=True
+    )
+
+
+def test_a_file_may_name_no_pairs(tmp_path: Path) -> None:
+    translation = translate(tmp_path, dataset_splits=["train"])
+    assert translation.mixture == DatasetMixture()
+    assert ours(translation)["dataset_splits"] == "does not apply: read only with dataset_mixer"
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+MIXTURE = {"datasets": [{"id": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"learning_rate": "fast"}, 'learning_rate: .*number, found "fast"'),
+        ({"learning_rate": 0}, "learning_rate: .*greater than 0, found 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: .*found NaN"),
+        ({"beta": True}, "beta: .*number, found true"),
+        ({"beta": [0.1]}, r"beta: .*found \[0.1\]"),
+        ({"bf16": "true"}, 'bf16: must be true or false, found "true"'),
+        ({"max_length": 10.5}, "max_length: .*integer"),
+        ({"max_length": -1}, "max_length: .*found -1"),
+        ({"adam_beta1": 1.0}, "adam_beta1: .*less than 1"),
+        ({"label_smoothing": 0.6}, "label_smoothing: .*less than 0.5"),
+        ({"optim": "adamw_bnb_8bit"}, 'optim: must be .*"adamw_torch".*found "adamw_bnb_8bit"'),
+        ({"optim": "adafactor"}, 'found "adafactor"'),
+        ({"optim": ["sgd"]}, "optim: must be"),
+        ({"lr_scheduler_type": "polynomial"}, 'must be "linear" or "cosine".*found "polynomial"'),
+        ({"lr_scheduler_kwargs": {"min_lr": 0}}, "lr_scheduler_kwargs: must be left out, .*no further parameters"),
+        ({"max_grad_norm": 0}, r"max_grad_norm: must be above 0, found 0: .*1\.0e\+9 clips none"),
+        ({"max_grad_norm": None}, r"max_grad_norm: must not be null: .*1\.0e\+9"),
+        ({"model_name_or_path": None}, "model_name_or_path: must not be null"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio: .*less than or equal to 1"),
+        ({"warmup_steps": -1}, "warmup_steps: .*greater than or equal to 0"),
+        ({"warmup_steps": 2.5}, "warmup_steps: .*integer.*found 2.5"),
+        ({"num_train_epochs": 0}, "num_train_epochs: .*greater than 0"),
+        ({"max_steps": 1.5}, "max_steps: .*integer"),
+        ({"loss_type": "ipo"}, 'loss_type: must be "sigmoid" or .*found "ipo"'),
+        ({"loss_type": ["sft"]}, r"loss_type: .*found \[\"sft\"\]"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 1.0]}, "loss_weights: .*the first 1.0"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights: must be one weight for each"),
+        ({"loss_type": ["sigmoid", "sft"], "rpo_alpha": 1.0}, "rpo_alpha: .*keep one"),
+        ({"loss_type": [], "loss_weights": []}, "loss_weights: "),
+        ({"rpo_alpha": -1}, "rpo_alpha: .*greater than or equal to 0"),
+        ({"truncation_mode": "middle"}, 'truncation_mode: must be "keep_end" or "keep_start"'),
+        ({"loss_type": ["sigmoid"], "truncation_mode": "keep_end"}, 'must be "keep_start", found "keep_end"'),
+        ({"loss_type": ["sigmoid"], "max_length": None}, "max_length: must not be null"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: .*greater than or equal to 1"),
+        ({"gradient_accumulation_steps": "2"}, 'gradient_accumulation_steps: .*integer, found "2"'),
+        ({"per_device_eval_batch_size": 1.5}, "per_device_eval_batch_size: .*integer"),
+        ({"save_steps": 0.5}, "save_steps: must be a number of updates, found 0.5"),
+        ({"eval_steps": 0.1, "eval_strategy": "steps"}, "eval_steps: must be a number of updates, found 0.1"),
+        ({"logging_steps": 0}, "logging_steps: .*greater than or equal to 1"),
+        ({"eval_strategy": "best"}, 'must be "no" or "steps" or "epoch", found "best"'),
+        ({"eval_strategy": True}, "eval_strategy: must be"),
+        ({"do_eval": "yes"}, "do_eval: .*boolean"),
+        ({"save_total_limit": 1.5}, "save_total_limit: .*integer"),
+        ({"report_to": ["wandb", "mlflow"]}, "report_to: must be none, all, or a list of tensorboard and wandb"),
+        ({"report_to": ["none", "wandb"]}, "report_to: must be none"),
+        ({"report_to": 3}, "report_to: .*list"),
+        ({"seed": "42"}, "seed: .*integer"),
+        ({"data_seed": 1.5}, "data_seed: .*integer"),
+        ({"tokenizer_name_or_path": "org/other"}, 'must be that of the model, "org/model", found "org/other"'),
+        ({"eval_strategy": "no", "evaluation_strategy": "no"}, "evaluation_strategy, eval_strategy: two names"),
+        ({"dataset_mixer": {"a": 1.5}}, r"dataset_mixer: a: .*less than or equal to 1, found 1\.5"),
+        ({"dataset_mixer": {}}, "dataset_mixer: "),
+        ({"dataset_mixer": ["a"]}, "dataset_mixer: .*dict"),
+        ({"dataset_splits": ["validation"]}, "dataset_splits: .*train or test"),
+        ({"dataset_splits": ["test"]}, "dataset_splits: .*one with train"),
+        ({"dataset_mixer": {"a": 1.0}, "dataset_configs": ["x", "y"]}, "dataset_configs: .*each of the 1 datasets"),
+        ({"dataset_mixer": {"a": 1.0}, "dataset_mixture": MIXTURE}, "dataset_mixer, dataset_mixture: each names"),
+        ({"dataset_mixture": {"datasets": []}}, "dataset_mixture: datasets: .*at least 1"),
+        ({"dataset_mixture": {"datasets": [{"id": "x", "wieght": 1}]}}, r"dataset_mixture: datasets\[0\]\.wieght: "),
+        ({"dataset_mixture": {"datasets": [{"config": "x"}]}}, r"dataset_mixture: datasets\[0\]\.id: .*required"),
+        ({"dataset_mixture": {"datasets": [{"id": "x", "columns": ["chosen"]}]}}, "columns of x must hold chosen and"),
+        ({"dataset_mixture": {"datasets": [{"id": 3}, {"id": 4}]}}, r"datasets\[0\]\.id: .*found 3; .*\[1\]\.id: .*4"),
+        ({"dataset_mixture": MIXTURE | {"test_split_size": 0}}, "dataset_mixture: test_split_size: .*found 0"),
+        ({"dataset_mixture": MIXTURE | {"test_split_size": 2.5}}, "a number of rows, or a share below 1, found 2.5"),
+    ],
+)  # fmt: skip
+def test_a_value_is_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        translate(tmp_path, **keys)
+
+
+@pytest.mark.parametrize("key", ONLY)
+def test_a_restricted_key_takes_its_values_and_no_other(tmp_path: Path, key: str) -> None:
+    allowed, reason = ONLY[key]
+    for value in (*allowed, None):
+        assert ours(translate(tmp_path, **{key: value}))[key] == "as here in any case"
+    for value in ("something else", 7, not any(value is True for value in allowed)):
+        with pytest.raises(ConfigError) as caught:
+            translate(tmp_path, **{key: value})
+        assert f"{key}: must be " in str(caught.value) and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_key_that_does_not_apply_says_why(tmp_path: Path, key: str) -> None:
+    translation = translate(tmp_path, **{key: "anything"})
+    assert ours(translation)[key] == f"does not apply: {IGNORED[key]}"
+    assert translation.config == translate(tmp_path).config
+
+
+def test_all_problems_of_a_file_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        translate_handbook(FIXTURES / "many_problems.yaml", 1)
+    first, *problems = str(caught.value).splitlines()
+    assert first.endswith("many_problems.yaml cannot be translated, 15 problems:")
+    raw = yaml.safe_load((FIXTURES / "many_problems.yaml").read_text(encoding="utf-8"))
+    assert [line.split(":")[0].strip() for line in problems] == [key for key in raw if key != "model_name_or_path"]
+
+
+def test_all_unknown_keys_are_named_with_the_closest_known_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        translate(tmp_path, learning_rte=1e-6, betta=0.1, train=1, zzzzzz=1, **{"max-length": 5})
+    message = str(caught.value)
+    assert "learning_rte: unknown key. Did you mean learning_rate?" in message
+    assert "betta: unknown key. Did you mean beta?" in message
+    assert "max-length: unknown key. Did you mean max_length?" in message
+    assert "  zzzzzz: unknown key.\n" in message + "\n"
+    assert "5 problems" in message
+
+
+def test_keys_that_are_no_text_are_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model_name_or_path: x\n3: 4\n2024-01-01: 1\n~: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"(?s)3: unknown key.*2024-01-01: unknown key.*None: unknown key"):
+        translate_handbook(path, 1)
+
+
+def test_the_model_is_required(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("beta: 0.1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="model_name_or_path: this key is required"):
+        translate_handbook(path, 1)
+
+
+def test_there_is_at_least_one_device(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one device, found 0"):
+        translate(tmp_path, devices=0)
+
+
+# --- the tables -------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_in_one_table() -> None:
+    tables: list[Any] = [ALIASES, IGNORED, ONLY, DIRECT, CHOICES, _ALL_RULES]
+    keys = [key for table in tables for key in table]
+    assert sorted(keys) == sorted(set(keys)) and set(keys) == KNOWN_KEYS
+    for stack in STACKS.values():
+        assert {*stack.defaults, *stack.ignored, *stack.not_null} <= KNOWN_KEYS
+
+
+def test_every_field_of_transformers_is_known() -> None:
+    from transformers import TrainingArguments
+
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} <= KNOWN_KEYS
+
+
+@pytest.mark.parametrize("name", ["DPOConfig", "ModelConfig", "ScriptArguments"])
+def test_every_field_of_trl_is_known_and_its_default_accepted(tmp_path: Path, name: str) -> None:
+    trl = pytest.importorskip("trl")
+    defaults = {}
+    for field in dataclasses.fields(getattr(trl, name)):
+        factory = field.default_factory
+        defaults[field.name] = field.default if factory is dataclasses.MISSING else factory()
+    assert set(defaults) <= KNOWN_KEYS
+    # Aliases and null are other names of what is there already; a config is read beside the model's name.
+    keys = {key: value for key, value in defaults.items() if value is not None and key not in ALIASES}
+    translate(tmp_path, **({"loss_type": ["sigmoid"]} | keys)).build()
+
+
+KEY = st.one_of(st.sampled_from(sorted(KNOWN_KEYS)), st.text(max_size=8), st.integers(), st.none())
+SCALAR = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.dates(),
+    st.binary(max_size=4),
+    st.sampled_from(["steps", "epoch", "no", "constant", "sigmoid", "sft", "all", "keep_start", "rmsprop", "train"]),
+)
+VALUE = st.recursive(
+    SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.dictionaries(KEY, VALUE, max_size=6), devices=st.integers(1, 9))
+def test_nothing_but_config_errors(tmp_path: Path, keys: dict[Any, Any], devices: int) -> None:
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(yaml.safe_dump({"model_name_or_path": "org/model"} | keys, sort_keys=False), encoding="utf-8")
+    try:
+        translation = translate_handbook(path, devices)
+        translation_table(translation.rows)
+        assert {row.key for row in translation.rows} >= {str(key) for key in keys}
+        translation.build()
+    except ConfigError:
+        pass
+
+
+def test_a_list_that_holds_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for key in sorted(KNOWN_KEYS - IGNORED.keys()):
+        path.write_text(f"model_name_or_path: x\n{key}: &a [*a]\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match=key):
+            translate_handbook(path, 1)
