@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
 
-from drift_jax.config import RunConfig, load_config
-from drift_jax.errors import DriftError
+from drift_jax.config import RunConfig, apply_override, load_config
+from drift_jax.errors import ConfigError, DriftError
+
+if TYPE_CHECKING:
+    from drift_jax.handbook import Translation
 
 app = typer.Typer(
     name="drift",
@@ -38,17 +41,27 @@ ModelDir = Annotated[str, typer.Option("--model", help="Hugging Face model direc
 OutDir = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
 
 
-def _load(path: Path, overrides: list[str] | None, on_bad_row: str | None = None, **sections: object) -> RunConfig:
+def _changes(overrides: list[str] | None, on_bad_row: str | None, **keys: object) -> list[str]:
+    """What the command line changes in a config, as `a.b=c`."""
     changes = list(overrides or [])
     if on_bad_row is not None:
         changes.append(f"data.on_bad_row={on_bad_row}")
-    changes += [f"{key.replace('__', '.')}={value}" for key, value in sections.items() if value is not None]
-    return load_config(path, changes)
+    return changes + [f"{key}={value}" for key, value in keys.items() if value is not None]
 
 
 @app.command()
 def run(
-    config: ConfigFile,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[CONFIG]", help="YAML file; examples are in configs/. Optional with --handbook."),
+    ] = None,
+    handbook: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--handbook",
+            help="alignment-handbook DPO YAML. Its keys win over those of CONFIG; without, its pairs are the seed's.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[Optional[Path], typer.Option(help="Where the run lives; replaces run_dir.")] = None,  # noqa: UP045
     on_bad_row: OnBadRow = None,
@@ -56,7 +69,51 @@ def run(
     """The whole recipe: seed, then sample -> pair -> train -> export for each iteration. Run again to resume."""
     from drift_jax.recipe import run as run_recipe
 
-    run_recipe(_load(config, overrides, on_bad_row, run_dir=run_dir), Console())
+    changes = _changes(overrides, on_bad_row, run_dir=run_dir)
+    if handbook is not None:
+        run_recipe(_handbook_run(handbook, config, changes), Console())
+    elif config is not None:
+        run_recipe(load_config(config, changes), Console())
+    else:
+        raise ConfigError("give a CONFIG, such as configs/quickstart.yaml, or --handbook FILE.")
+
+
+def _handbook_run(path: Path, config: Path | None, changes: list[str]) -> RunConfig:
+    """A run by the hyper-parameters of a handbook file; records and pairs come from CONFIG, or pairs from the file."""
+    from drift_jax.config import build_config, merge_configs, read_yaml
+    from drift_jax.data.mixer import load_mixture
+
+    translation = _translate(path, changes)
+    if config is not None:
+        merged = merge_configs(read_yaml(config), translation.config)
+        for change in changes:
+            apply_override(merged, change)
+        return build_config(merged, source=f"{config} with {path}")
+    resolved = translation.build(changes)
+    if resolved.data.seed_train is None:
+        pairs = load_mixture(translation.mixture, Path(resolved.run_dir) / "data", resolved.data.on_bad_row)
+        changes = [f"data.seed_train={pairs / 'pairs.train.jsonl'}", *changes]
+        if (pairs / "pairs.test.jsonl").exists():
+            changes = [f"data.seed_test={pairs / 'pairs.test.jsonl'}", *changes]
+    if not resolved.data.dsat:
+        changes = ["recipe.iterations=0", *changes]
+    return translation.build(changes)
+
+
+def _translate(
+    path: Path, changes: list[str], devices: int | None = None, console: Console | None = None
+) -> Translation:
+    """Translates a handbook file and prints the table. Its batch is per device that holds pairs of its own."""
+    import jax
+
+    from drift_jax.handbook import translate_handbook, translation_table
+
+    if devices is None:
+        tensor = translate_handbook(path, 1).build(changes).mesh.tensor
+        devices = max(1, jax.device_count() // max(1, tensor))
+    translation = translate_handbook(path, devices)
+    (console or Console()).print(translation_table(translation.rows))
+    return translation
 
 
 @app.command()
@@ -75,7 +132,7 @@ def sample(
     from drift_jax.stages.inputs import load_dsat_split
     from drift_jax.stages.sample import pair_stage, sample_stage
 
-    resolved = _load(config, overrides, on_bad_row)
+    resolved = load_config(config, _changes(overrides, on_bad_row))
     console, model_dir, manifest = Console(), resolve_model(model), Manifest(out)
     load_dsat_split(resolved, str(input))  # bad rows are refused before anything is written
     keys, inputs = sample_identity(resolved, manifest, model_dir, input)
@@ -87,10 +144,18 @@ def sample(
 
 @app.command()
 def train(
-    config: ConfigFile,
-    model: ModelDir,
-    pairs: Annotated[Path, typer.Option("--pairs", help="Directory with pairs.train.jsonl and pairs.test.jsonl.")],
-    out: OutDir,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file, ours or a DPO file of alignment-handbook as it is.")
+    ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="Hugging Face model directory or hub id; a handbook file names one."),
+    ] = None,
+    pairs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--pairs", help="Directory with pairs.train.jsonl and pairs.test.jsonl; or as above."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Directory for the results; or as above.")] = None,  # noqa: UP045
     reference: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Reference model; default: the model that training starts from."),
@@ -99,6 +164,8 @@ def train(
     on_bad_row: OnBadRow = None,
 ) -> None:
     """One DPO stage on pairs: checkpoints, metrics and a Hugging Face directory in OUT/hf. Run again to resume."""
+    from drift_jax.data.mixer import load_mixture
+    from drift_jax.handbook import is_handbook_file
     from drift_jax.manifest import Manifest
     from drift_jax.models.hf import resolve_model
     from drift_jax.records import read_pairs
@@ -106,8 +173,19 @@ def train(
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
 
-    resolved = _load(config, overrides, on_bad_row)
-    console, model_dir, manifest = Console(), resolve_model(model), Manifest(out)
+    changes, console = _changes(overrides, on_bad_row), Console()
+    if is_handbook_file(config):
+        translation = _translate(config, changes, console=console)
+        resolved = translation.build(changes)
+        model, out = model or resolved.model.path, out or Path(resolved.run_dir)
+        pairs = pairs or load_mixture(translation.mixture, out / "data", resolved.data.on_bad_row)
+    elif model is None or pairs is None or out is None:
+        given = {"--model": model, "--pairs": pairs, "--out": out}
+        missing = ", ".join(option for option, value in given.items() if value is None)
+        raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
+    else:
+        resolved = load_config(config, changes)
+    model_dir, manifest = resolve_model(model, resolved.model.revision), Manifest(out)
     reference_dir = resolve_model(reference) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if test_pairs.exists() else None
@@ -142,6 +220,42 @@ def export(
     console = Console()
     summary = export_stage(config, checkpoint, resolve_model(model), out, console)
     console.print_json(data=dataclasses.asdict(config.export) | summary)
+
+
+@app.command()
+def presets() -> None:
+    """What the presets drift, paper and trl1 choose, and what every choice does."""
+    from drift_jax.presets import presets_table
+
+    Console().print(presets_table())
+
+
+config_app = typer.Typer(help="Reads and writes configs.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command()
+def translate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A DPO file of alignment-handbook.")],
+    devices: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Devices that hold pairs; the file's batch is per device. Default: those found here."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Where to write; default: standard output.")] = None,  # noqa: UP045
+    overrides: Overrides = None,
+) -> None:
+    """Writes the config that an alignment-handbook file means; the table of keys goes to standard error."""
+    from drift_jax.config import config_to_yaml
+    from drift_jax.records import atomic_writer
+
+    changes = _changes(overrides, None)
+    translation = _translate(file, changes, devices, Console(stderr=True))
+    text = config_to_yaml(translation.build(changes))
+    if out is None:
+        print(text, end="")
+    else:
+        with atomic_writer(out) as handle:
+            handle.write(text)
 
 
 @app.command()

@@ -195,7 +195,18 @@ class RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose floats follow YAML 1.2: PyYAML reads `5e-7` as text."""
+    """YAML whose floats follow YAML 1.2 (PyYAML reads `5e-7` as text), and whose mappings name a key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith((":str", ":merge")):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -203,6 +214,15 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+def _parse_yaml(text: str) -> Any:
+    """Raises `yaml.YAMLError` for everything that PyYAML cannot read; it has other names for some of it."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        # A date that does not exist, an integer of thousands of digits, `!!timestamp x`, brackets without end.
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
@@ -225,7 +245,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no config file at {path}. Examples are in configs/.") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -233,6 +253,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, found {type(raw).__name__}.")
     return raw
+
+
+def merge_configs(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of two configs, key by key; `over` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge_configs(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
@@ -306,7 +335,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not sep or not key:
         raise ConfigError(f"--set takes KEY=VALUE such as train.beta=0.2, found {override!r}.")
     try:
-        value = yaml.load(text, _Loader)
+        value = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from None
     *sections, leaf = key.split(".")

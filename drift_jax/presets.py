@@ -14,6 +14,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
 from drift_jax.errors import ConfigError
 
 # key -> value -> what it does, as `drift presets` prints it. The objects: data/rules.py, losses.py, data/prompts.py.
@@ -120,3 +124,22 @@ def apply_preset(raw: dict[str, Any]) -> dict[str, Any]:
         if isinstance(held, dict):
             filled[section] = {leaf: value} | held
     return filled
+
+
+def presets_table() -> Group:
+    """What each preset chooses, then what every value that can be chosen does."""
+    chosen = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", *PRESETS):
+        chosen.add_column(name, no_wrap=True)
+    meanings = Table(box=None, pad_edge=False, show_header=False)
+    meanings.add_column(no_wrap=True)
+    meanings.add_column()
+    for key, values in CHOICES.items():
+        chosen.add_row(key, *(preset[key] for preset in PRESETS.values()))
+        meanings.add_row(f"\n[bold]{key}[/]", "")
+        for value, meaning in values.items():
+            meanings.add_row(escape(f"  {value}"), escape(meaning))
+    notes = "\nUnder paper, a data.truncation of trl0.12 or trl0.12.0-0.12.2 brings along: " + ", ".join(
+        f"{key}={value}" for key, value in _TRL_0_12.items()
+    )
+    return Group(chosen, notes + ".\nA key that is set in the config or by --set wins over its preset.", meanings)

@@ -61,19 +61,17 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, seed: int) -> o
     def init(params: Params) -> StochasticRoundingState:
         return StochasticRoundingState(jnp.zeros([], jnp.int32), optimizer.init(_to_float32(params)))
 
-    def update(
-        grads: Params, state: StochasticRoundingState, params: Params | None = None
-    ) -> tuple[Params, StochasticRoundingState]:
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, StochasticRoundingState]:
         if params is None:
             raise ValueError("stochastic rounding needs the parameters: pass them to update.")
         params = _to_float32(params)
-        wanted, inner = optimizer.update(_to_float32(grads), state.inner, params)
+        wanted, inner = optimizer.update(_to_float32(updates), state.inner, params)
         # The implementation is named because a process may choose another default, whose bits depend on the mesh.
         key = jax.random.fold_in(jax.random.key(seed % 2**32, impl="threefry2x32"), state.count)
         leaves, structure = jax.tree.flatten(params)
         pairs = enumerate(zip(leaves, structure.flatten_up_to(wanted), strict=True))
-        updates = [_rounded_update(p, u, jax.random.fold_in(key, leaf)) for leaf, (p, u) in pairs]
-        return structure.unflatten(updates), StochasticRoundingState(optax.safe_increment(state.count), inner)
+        rounded = [_rounded_update(p, u, jax.random.fold_in(key, leaf)) for leaf, (p, u) in pairs]
+        return structure.unflatten(rounded), StochasticRoundingState(optax.safe_increment(state.count), inner)
 
     return optax.GradientTransformation(init, update)
 

@@ -36,7 +36,7 @@ from drift_jax.losses import (
 from drift_jax.models.logps import token_logps
 from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
-from drift_jax.optim import build_optimizer, build_schedule, changed_share, clip_by_global_norm
+from drift_jax.optim import build_optimizer, build_schedule, changed_at_peak, clip_by_global_norm
 from drift_jax.sharding import constrain, replicated
 
 Metrics = dict[str, Float[Array, ""]]
@@ -111,8 +111,9 @@ def train_step(setup: StepSetup, state: TrainState, batch: PairBatch) -> tuple[T
     grads, norm = clip_by_global_norm(grads, setup.config.max_grad_norm)
     updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics |= {"grad_norm": norm, "learning_rate": setup.schedule(state.step)}
-    metrics |= {"params_changed": changed_share(state.params, params, grads)}
+    rate = setup.schedule(state.step)
+    changed = changed_at_peak(setup.config, state.params, updates, grads, rate)
+    metrics |= {"grad_norm": norm, "learning_rate": rate, "params_changed": changed}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

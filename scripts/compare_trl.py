@@ -7,9 +7,10 @@ the same ids. Loss `sigmoid` + 0.001 `sft`, linear warm-up, rmsprop and AdamW in
 first optimizer with bfloat16 compute, whose difference is reported apart. Every update prints both sides. The last
 line is JSON: `steps`, `max_rel_diff` over all float32 runs, and the `worst` quantity.
 
-A difference is relative to TRL's number. A reward is beta times the difference of two float32 sums of up to thousands of
-nats, whose last bit alone is 2e-4 nats; so a difference between rewards is relative to at least 1. While TRL's rewards are exactly 0 (no weight has moved), its strict
-`rewards/accuracies` is 0 and ours, against stored reference log-probs, a matter of the last bit: left out, and counted.
+A difference is relative to TRL's number. A reward is beta times the difference of two float32 sums of up to thousands
+of nats, whose last bit alone is 2e-4 nats; so a difference between rewards is relative to at least 1. While TRL's
+rewards are exactly 0 (no weight has moved), its strict `rewards/accuracies` is 0 and ours, against stored reference
+log-probs, a matter of the last bit: left out, and counted.
 """
 
 from __future__ import annotations

@@ -119,6 +119,10 @@ def test_healthy_runs_do_not_warn() -> None:
         "chosen dips a little and recovers": (-0.5 * np.sin(np.pi * steps / 300), -0.1 * steps),
         "both rise": (0.1 * steps, 0.01 * steps),
         "chosen falls, rejected rises": (-0.1 * steps, 0.1 * steps),
+        "chosen comes back from below, rejected falls": (
+            np.abs(0.1 * (steps - 100)) - 10.0,
+            -0.1 * np.abs(steps - 120),
+        ),
         "nothing moves": (0.0 * steps, 0.0 * steps),
     }
     for name, (chosen, rejected) in runs.items():

@@ -109,6 +109,16 @@ def test_elements_are_rounded_independently_of_each_other() -> None:
         assert abs(lagged.mean()) < 4.5 / math.sqrt(count)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_last_of_the_16_bits_counts(sign: int) -> None:
+    """One float32 step from a bfloat16: of 4 million weights 64 reach the far neighbour, give or take 8."""
+    weight = np.float32(sign * 0.02).view(np.uint32) & np.uint32(0xFFFF0000)
+    for low, near in ((1, weight), (0xFFFF, weight + np.uint32(0x10000))):
+        value = np.array(weight | np.uint32(low), np.uint32).view(np.float32)
+        far = np.sum(rounded(np.full(2**22, value)) != near.view(np.float32))
+        assert abs(far - 64) < 4.5 * 8
+
+
 def test_applied_updates_are_exactly_the_rounded_values() -> None:
     """For every bfloat16 weight and updates of all sizes, those that almost cancel the weight included."""
     params = all_bfloat16()

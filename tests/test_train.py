@@ -17,10 +17,11 @@ from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, put_batch
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import ConfigError, StageError
+from drift_jax.guards import check_first_loss, check_params_changed
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_mesh, check_batch
-from drift_jax.train import Trainer, check_first_loss, evaluate_scores, host_metrics, loss_and_grads
+from drift_jax.train import Trainer, evaluate_scores, host_metrics, loss_and_grads
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs
 from tests.torch_reference import torch_reference
@@ -161,6 +162,38 @@ def test_bfloat16_compute_keeps_float32_weights_that_move(model_dir: Path) -> No
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
         assert a.dtype == jnp.float32
         assert (np.asarray(a) != b).mean() > 0.5
+
+
+@pytest.mark.mesh
+def test_bfloat16_masters_move_and_do_not_depend_on_the_mesh(model_dir: Path) -> None:
+    """Stochastic rounding: at a learning rate that rounding to nearest would swallow, and alike on every mesh."""
+    config = dataclasses.replace(CONFIG, learning_rate=1e-5, master_dtype="bfloat16")
+    batch, seen = make_loader(random_pairs(8)).shuffled(0), []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        trainer, params = make_trainer(model_dir, sizes, config)
+        before = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), params)
+        params = jax.tree.map(lambda x, like: jax.device_put(like, x.sharding), params, before)
+        state, metrics = trainer.step(trainer.init_state(params), batch)
+        check_params_changed(1, host_metrics(metrics), config)
+        seen.append(jax.tree.map(np.asarray, state.params))
+        moved = [
+            float((a != b).mean()) for a, b in zip(jax.tree.leaves(seen[-1]), jax.tree.leaves(before), strict=True)
+        ]
+        assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(seen[-1]))
+        assert 0.01 < np.mean(moved) < 0.9
+    for a, b in zip(*map(jax.tree.leaves, seen), strict=True):
+        # Gradients differ in the last bit between meshes, which flips a rounding now and then.
+        assert (a != b).mean() < 1e-2
+
+
+def test_weights_that_an_update_cannot_reach_stop_the_stage(model_dir: Path) -> None:
+    trainer, params = make_trainer(model_dir, config=dataclasses.replace(CONFIG, learning_rate=1e-12))
+    _, metrics = trainer.step(trainer.init_state(params), make_loader(random_pairs(8)).shuffled(0))
+    with pytest.raises(StageError, match="of the parameters that have a gradient"):
+        check_params_changed(1, host_metrics(metrics), trainer.setup.config)
+    trainer, params = make_trainer(model_dir)
+    _, metrics = trainer.step(trainer.init_state(params), make_loader(random_pairs(8)).shuffled(0))
+    check_params_changed(1, host_metrics(metrics), CONFIG)
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:

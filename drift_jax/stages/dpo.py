@@ -26,7 +26,7 @@ from drift_jax.records import write_json
 from drift_jax.sharding import build_mesh, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 from drift_jax.stages.reference import RefLogps, read_ref_logps, write_ref_logps
-from drift_jax.stages.tokens import TokenizedFile, describe_cuts, load_tokenized, sum_drops
+from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
 from drift_jax.train import PairScores, Trainer, TrainState, evaluate_scores, host_metrics
 
@@ -51,7 +51,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     train = load_tokenized(config, job.train_pairs, tokenizer)
     test = load_tokenized(config, job.test_pairs, tokenizer)
     steps = total_steps(len(train.pairs), config.train.batch_size, job.epochs, config.train.max_steps)
-    for line in (describe_cuts(train, test), describe_optimizer(config.train, steps)):
+    for line in (describe_rules(config), describe_cuts(train, test), describe_optimizer(config.train, steps)):
         console.print(line, highlight=False, soft_wrap=True)
     architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(job.model_dir))
     graphdef, declared = declare_qwen(architecture, jnp.dtype(config.model.compute_dtype))
@@ -142,7 +142,7 @@ class _Stage:
             ) as writer,
             stage_progress("DPO", self.steps - first, "updates", console=self.console) as bar,
         ):
-            watch = RewardWatch(config.train.beta, read_metrics(self.job.out_dir) if first else ())
+            watch = RewardWatch(config.train, self.steps, read_metrics(self.job.out_dir) if first else ())
             for state, step, metrics, tokens in self.trainer.fit(state, loader, self.steps):  # noqa: B020
                 numbers = host_metrics(metrics)
                 timer.count_tokens(tokens)

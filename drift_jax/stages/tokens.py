@@ -58,6 +58,16 @@ def load_tokenized(config: RunConfig, path: Path | None, tokenizer: ChatTokenize
     return TokenizedFile(kept, count_truncation(tokenized), tuple(refused), emptied)
 
 
+def describe_rules(config: RunConfig) -> str:
+    """How pairs become tokens and losses, in one line."""
+    data, train, model = config.data, config.train, config.model
+    return (
+        f"preset {config.preset}: template {data.template}, end {data.eos}, cut {data.truncation}, NLL "
+        f"{train.nll_reduction} over {train.nll_tokens} tokens (groups of {train.group_size}), "
+        f"pad embedding {model.pad_embedding}"
+    )
+
+
 def describe_cuts(train: TokenizedFile, test: TokenizedFile) -> str:
     """How many pairs there are and what was cut from those to train on, in one line."""
     cuts = train.cuts
