@@ -101,7 +101,9 @@ def loss_and_grads(setup: StepSetup, params: dict[str, Any], batch: PairBatch) -
     first, rest = (jax.tree.map(lambda x, part=part: x[part], xs) for part in (0, slice(1, None)))
     total = one(first)
     if batch.real.shape[0] > 1:
-        total, _ = jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, one(xs)), None), total, rest)
+        # In float32 also where the weights, and so the gradients, are bfloat16: a sum of eight would lose three bits.
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), total)
+        total, _ = jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, one(xs)), None), wide, rest)
     return total
 
 

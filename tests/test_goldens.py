@@ -1,4 +1,4 @@
-"""One DPO step against stored numbers: torch in float64 said them, and torch is not needed to compare."""
+"""One DPO step, and one update of every preset, against stored numbers that torch said in float64."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import jax
 import numpy as np
 import pytest
 
-from drift_jax.config import MeshConfig, TrainConfig
+from drift_jax.config import MeshConfig, RunConfig, TrainConfig, build_config
 from drift_jax.data.batches import PairLoader, put_batch
-from drift_jax.data.pairs import TokenizedPair
+from drift_jax.data.pairs import TokenizedPair, tokenize_pair
+from drift_jax.data.rules import build_rules
+from drift_jax.data.tokenizer import load_tokenizer
+from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
 from drift_jax.models.qwen import declare_qwen
+from drift_jax.records import read_pairs
 from drift_jax.sharding import build_mesh
 from drift_jax.train import Trainer, host_metrics, loss_and_grads
 
 GOLDENS = Path(__file__).parent / "goldens"
+PRESETS = json.loads((GOLDENS / "presets.json").read_text(encoding="utf-8"))
 SUSPECT = (
     "The loss or a gradient moved. Unless its definition was changed on purpose, this is a bug in the code that was "
     "changed last; do not run `make goldens`. Suspect also a new jax or flax, if that is all that changed. Values of "
@@ -46,3 +51,58 @@ def test_one_step_equals_the_golden(kind: str) -> None:
         assert ours[name] == pytest.approx(value, rel=1e-5), message
     norms = {name: float(np.linalg.norm(make())) for name, _, make in iterate_hf_tensors(grads, qwen, "float32")}
     assert norms == pytest.approx(expected["grad_norms"], rel=1e-5), message
+
+
+def preset_config(name: str) -> RunConfig:
+    """The config of `paper, trl0.12` and the like: a preset and, after the comma, its cut."""
+    settings = PRESETS["settings"]
+    preset, _, truncation = name.partition(", ")
+    data = {key: settings[key] for key in ("max_length", "max_prompt_length")}
+    train = {"learning_rate": settings["learning_rate"], "warmup_ratio": 0.0, "batch_size": len(PRESETS["pairs"])}
+    return build_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": "unused"},
+            "preset": preset,
+            "data": data | ({"truncation": truncation} if truncation else {}),
+            "train": train | {"seed": settings["seed"]},
+        }
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS["values"])
+def test_one_update_of_a_preset_equals_the_golden(name: str, tmp_path: Path) -> None:
+    """From messages to moved weights: tokens, cuts, loss, gradients by tensor, updates by tensor."""
+    config, expected = preset_config(name), PRESETS["values"][name]
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PRESETS["pairs"]))
+    tokenizer, rules, data = load_tokenizer(GOLDENS / "qwen2"), build_rules(config.data), config.data
+    pairs = [
+        tokenize_pair(pair, tokenizer, data.max_prompt_length, data.max_length, rules)
+        for pair in read_pairs(rows).records
+    ]
+    zeros, ref = np.zeros((len(pairs), 2)), np.array(PRESETS["ref_logps"])
+    t, cut = config.train, rules.truncation.group_cut
+    loader = PairLoader(pairs, ref, t.batch_size, 1, data.max_length, t.seed, cut, t.group_size, zeros)
+    qwen = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(GOLDENS / "qwen2"))
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    trainer = Trainer(*declare_qwen(qwen), mesh, t, "layer", total_steps=1)
+    params, batch = load_params(GOLDENS / "qwen2", mesh), loader.shuffled(0)
+    before = jax.tree.map(np.asarray, params)
+    with jax.set_mesh(mesh):
+        _, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, mesh))
+    state, metrics = trainer.step(trainer.init_state(params), batch)
+    moved = jax.tree.map(lambda new, old: new - old, state.params, before)
+
+    message = SUSPECT + str(PRESETS["made_with"])
+    ours = host_metrics(metrics)
+    assert {key: ours[key] for key in expected["metrics"]} == pytest.approx(expected["metrics"], rel=1e-5), message
+    for what, tree in (("grad_norms", grads), ("update_norms", moved)):
+        norms = {key: float(np.linalg.norm(make())) for key, _, make in iterate_hf_tensors(tree, qwen, "float32")}
+        assert norms == pytest.approx(expected[what], rel=1e-4), f"{what}: {message}"
+
+
+def test_no_two_presets_have_the_same_golden() -> None:
+    """A golden that another preset would meet as well could not tell them apart."""
+    losses = [value["metrics"]["loss"] for value in PRESETS["values"].values()]
+    assert all(abs(a - b) > 1e-4 * a for i, a in enumerate(losses) for b in losses[:i])
