@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from drift_jax.cli import main
+from drift_jax.config import load_config
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 
 Drift = Callable[..., tuple[int, str, str]]
@@ -59,7 +60,7 @@ def base(tmp_path: Path, model_dir: Path) -> Path:
 def test_help_lists_every_command(drift: Drift) -> None:
     code, out, _ = drift("--help")
     assert code == 0
-    for command in ("run", "sample", "train", "export", "doctor"):
+    for command in ("run", "sample", "train", "export", "presets", "config", "doctor"):
         assert command in out
         assert drift(command, "--help")[0] == 0
 
@@ -223,3 +224,116 @@ def test_a_refused_call_leaves_the_config_of_the_run(drift: Drift, base: Path) -
     code, _, err = drift(*words, *seed, "--set", "train.beta=0.5")
     assert code == 2 and "train.beta: was 0.1, is now 0.5" in err
     assert (base / "run/config.yaml").read_text() == before
+
+
+# --- presets and handbook files -------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def handbook(base: Path) -> Path:
+    """A handbook file whose pairs lie in a directory of train.jsonl and test.jsonl."""
+    data = base / "data"
+    data.mkdir()
+    write_pairs(data / "train.jsonl", 8)
+    write_pairs(data / "test.jsonl", 4, start=8)
+    raw = {
+        "model_name_or_path": str(base / "model"),
+        "dataset_mixer": {str(data): 1.0},
+        "dataset_splits": ["train", "test"],
+        "bf16": False,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
+        "rpo_alpha": 0.001,
+        "max_length": 192,
+        "max_prompt_length": 96,
+        "num_train_epochs": 2,
+        "optim": "rmsprop",
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "trust_remote_code": True,
+        "output_dir": str(base / "handbook"),
+    }
+    path = base / "dpo.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_presets_are_explained(drift: Drift) -> None:
+    code, out, _ = drift("presets")
+    assert code == 0
+    for word in ("drift", "paper", "trl1", "generation_prompt", "trl0.12.0-0.12.2", "group_token_mean", "nonzero"):
+        assert word in out
+
+
+def test_train_takes_a_handbook_file_as_it_is(drift: Drift, handbook: Path) -> None:
+    """Model, pairs and output directory come from the file; the batch is per device, and here are eight of them."""
+    code, out, err = drift("train", handbook)
+    assert code == 0, err
+    assert "never executed" in " ".join(out.split())
+    assert "preset paper: template handbook" in out
+    rows = [json.loads(line) for line in (handbook.parent / "handbook" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert "eval_rewards/margins" in rows[0] and "eval_rewards/margins" not in rows[1]  # the last is in eval.json
+    assert (handbook.parent / "handbook" / "hf" / "model.safetensors").exists()
+
+
+def test_run_takes_a_handbook_file(drift: Drift, handbook: Path) -> None:
+    """Alone its pairs are the seed stage; with a config its hyper-parameters replace the config's."""
+    base = handbook.parent
+    code, _, err = drift("run", "--handbook", handbook, "--run-dir", base / "alone")
+    assert code == 0, err
+    assert list(json.loads((base / "alone" / "manifest.json").read_text())["stages"]) == ["seed/train", "seed/export"]
+    code, _, err = drift("run", base / "config.yaml", "--handbook", handbook, "--set", "recipe.iterations=1")
+    assert code == 0, err
+    resolved = yaml.safe_load((base / "handbook" / "config.yaml").read_text())
+    assert resolved["train"]["learning_rate"] == 5e-4 and resolved["train"]["epochs"] == 2
+    assert resolved["sampling"]["max_new_tokens"] == 4 and resolved["preset"] == "paper"
+    assert (base / "handbook" / "iter_1" / "hf" / "model.safetensors").exists()
+
+
+def test_translate_writes_a_config_that_means_the_same(drift: Drift, handbook: Path, tmp_path: Path) -> None:
+    code, out, err = drift("config", "translate", handbook, "--devices", 4, "--set", "train.beta=0.2")
+    assert code == 0 and "trust_remote_code" in err
+    written = yaml.safe_load(out)
+    assert written["train"]["batch_size"] == 4 and written["train"]["beta"] == 0.2
+    assert drift("config", "translate", handbook, "--devices", 4, "--out", tmp_path / "ours.yaml")[0] == 0
+    config = load_config(tmp_path / "ours.yaml")
+    assert config.data.truncation == "trl<=0.11" and config.run_dir == str(handbook.parent / "handbook")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("train", "CONFIG"), "not a handbook file, so --model, --pairs, --out must be given"),
+        (("run",), "give a CONFIG"),
+        (("config", "translate", "CONFIG"), "model_name_or_path: this key is required"),
+    ],
+)
+def test_what_is_missing_is_named(drift: Drift, base: Path, command: tuple[str, ...], message: str) -> None:
+    code, _, err = drift(*(base / "config.yaml" if word == "CONFIG" else word for word in command))
+    assert code == 2 and message in " ".join(err.split())
+
+
+def test_unknown_handbook_keys_are_all_named(drift: Drift, handbook: Path) -> None:
+    handbook.write_text(handbook.read_text() + "betta: 0.1\nfoo: 1\n")
+    code, _, err = drift("train", handbook)
+    assert code == 2 and "betta: unknown key. Did you mean beta?" in err and "foo: unknown key" in err
+    assert not (handbook.parent / "handbook").exists()
+
+
+def test_pairs_without_a_completion_left_are_counted_and_named(drift: Drift, base: Path) -> None:
+    """Preset trl1 drops pairs whose prompt fills max_length, as TRL does; nothing is dropped silently."""
+    rows = [json.loads(line) for line in (base / "pairs" / "pairs.train.jsonl").open()]
+    rows[3]["prompt"][0]["content"] = "Why? " * 100
+    (base / "pairs" / "pairs.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = drift(
+        "train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out",
+        "--set", "preset=trl1",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1 of 8 train pairs (12.5%) lost a completion" in " ".join(out.split()) and "s3" in out
+    stages = json.loads((base / "out" / "manifest.json").read_text())["stages"]
+    summary = stages["train"]["summary"]
+    assert summary["pairs"] == 7 and summary["drops"] == {"not encodable": 0, "completion cut away": 1}
+    assert len(summary["warnings"]) == 1
