@@ -195,6 +195,7 @@ def test_a_step_is_the_mean_of_pairs_that_are_alone(scorer: Scorer, pairs: list[
 
 WITH_PAD_ID = make_pair((20, 30, 25), seed=1)
 WITHOUT_PAD_ID = make_pair((20, 30, 25), seed=1, pad_share=0.0)
+ONE_MODEL = pytest.mark.parametrize("scorer", ["qwen2"], indirect=True)
 FAR = 1e-3  # relative: hundreds of times what is allowed above
 
 
@@ -234,6 +235,7 @@ BIND = {
 }
 
 
+@ONE_MODEL
 @pytest.mark.parametrize("mistake", BIND)
 def test_mistakes_in_the_model_are_seen(scorer: Scorer, mistake: str) -> None:
     """A pad id in the prompt tells a mask by position from one by id; any other pair does not."""
@@ -245,12 +247,14 @@ def test_mistakes_in_the_model_are_seen(scorer: Scorer, mistake: str) -> None:
     assert without < RELATIVE if "by id" in mistake or mistake == "nothing" else without > FAR
 
 
+@ONE_MODEL
 def test_attention_to_padding_makes_the_row_length_matter(scorer: Scorer) -> None:
     wrong = BIND["attention to what comes later"]
     short, long = (scorer.score([WITH_PAD_ID], layout, bind=wrong) for layout in (ALONE, Layout(1, 192, CHUNK)))
     assert largest_change(long, short) > FAR
 
 
+@ONE_MODEL
 def test_a_completion_known_by_id_is_seen(scorer: Scorer) -> None:
     def by_id(batch: PairBatch) -> PairBatch:
         return batch._replace(completion_mask=batch.completion_mask & (np.asarray(batch.ids) != PAD))
@@ -290,6 +294,7 @@ def test_swapping_the_sides_flips_the_margin(scorer: Scorer, pairs: list[Tokeniz
     assert flipped - dpo == pytest.approx(grown, abs=1e-5 * (1 + dpo + flipped))
 
 
+@ONE_MODEL
 def test_a_reference_that_was_not_swapped_is_seen(scorer: Scorer) -> None:
     ref = reference_near(np.zeros((2, 2)), seed=0) - np.array([50.0, 80.0])
     pairs = [WITH_PAD_ID, WITHOUT_PAD_ID]
