@@ -113,7 +113,7 @@ def train_step(setup: StepSetup, state: TrainState, batch: PairBatch) -> tuple[T
     grads, norm = clip_by_global_norm(grads, setup.config.max_grad_norm)
     updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    rate = setup.schedule(state.step)
+    rate = jnp.asarray(setup.schedule(state.step))
     changed = changed_at_peak(setup.config, state.params, updates, grads, rate)
     metrics |= {"grad_norm": norm, "learning_rate": rate, "params_changed": changed}
     return TrainState(params, opt_state, state.step + 1), metrics

@@ -113,12 +113,12 @@ class PairLoader:
 
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
         """Which completions lose their last token because of their neighbours."""
-        lost = np.zeros((len(rows), 2), bool)
-        for start in range(0, len(rows), self.group_size) if self.group_cut else ():
+        lost, cut = np.zeros((len(rows), 2), bool), self.group_cut
+        for start in range(0, len(rows), self.group_size) if cut is not None else ():
             group = [self.pairs[row] for row in rows[start : start + self.group_size]]
             prompts = np.array([len(pair.prompt_ids) for pair in group])
             completions = np.array([pair.completion_lengths for pair in group])
-            lost[start : start + len(group)] = self.group_cut(prompts, completions, self.max_length)
+            lost[start : start + len(group)] = cut(prompts, completions, self.max_length)
         return lost
 
     def _build(self, rows: Int[np.ndarray, "R"], lost_ends: Bool[np.ndarray, "R 2"]) -> PairBatch:

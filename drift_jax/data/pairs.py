@@ -93,9 +93,13 @@ def tokenize_pair(
     except DataError as error:
         raise DataError(f"pair {pair.id}: {error}") from error
     cut = rules.truncation.cut(whole, max_prompt_length, max_length)
-    parts = ((whole.prompt, cut.prompt), (whole.chosen, cut.chosen), (whole.rejected, cut.rejected))
-    ids = (np.asarray(after, np.int32) for _, after in parts)
-    return TokenizedPair(pair.id, *ids, *(len(before) - len(after) for before, after in parts))
+    return TokenizedPair(
+        pair.id,
+        *(np.asarray(ids, np.int32) for ids in (cut.prompt, cut.chosen, cut.rejected)),
+        prompt_tokens_cut=len(whole.prompt) - len(cut.prompt),
+        chosen_tokens_cut=len(whole.chosen) - len(cut.chosen),
+        rejected_tokens_cut=len(whole.rejected) - len(cut.rejected),
+    )
 
 
 def count_truncation(pairs: Iterable[TokenizedPair]) -> TruncationCounts:
