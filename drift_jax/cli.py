@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -45,8 +47,36 @@ def _changes(overrides: list[str] | None, on_bad_row: str | None, **keys: object
     """What the command line changes in a config, as `a.b=c`."""
     changes = list(overrides or [])
     if on_bad_row is not None:
-        changes.append(f"data.on_bad_row={on_bad_row}")
-    return changes + [f"{key}={value}" for key, value in keys.items() if value is not None]
+        changes.append(_change("data.on_bad_row", on_bad_row))
+    return changes + [_change(key, value) for key, value in keys.items() if value is not None]
+
+
+def _change(key: str, text: object) -> str:
+    """`key=text`, quoted: the right side of an override is YAML, which would read `2024` or `a #b` otherwise."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
+
+
+def _console(stderr: bool = False) -> Console:
+    """Colons in paths and values are no emoji codes."""
+    return Console(stderr=stderr, emoji=False)
+
+
+def _refuse_handbook(config: Path) -> None:
+    """Raises `ConfigError` with the ways to use a handbook file where a CONFIG of ours is asked for."""
+    from drift_jax.handbook import is_handbook_file
+
+    if is_handbook_file(config):
+        raise ConfigError(
+            f"{config} is a file of alignment-handbook. `drift run --handbook {config}` and `drift train {config}` "
+            f"take it as it is; `drift config translate {config} --out FILE` writes it as a CONFIG."
+        )
+
+
+def _resolve(model: str, config: RunConfig) -> Path:
+    """The directory of a model. The config's revision is one of the config's model, and of no other."""
+    from drift_jax.models.hf import resolve_model
+
+    return resolve_model(model, config.model.revision if model == config.model.path else None)
 
 
 @app.command()
@@ -71,49 +101,78 @@ def run(
 
     changes = _changes(overrides, on_bad_row, run_dir=run_dir)
     if handbook is not None:
-        run_recipe(_handbook_run(handbook, config, changes), Console())
+        run_recipe(_handbook_run(handbook, config, changes), _console())
     elif config is not None:
-        run_recipe(load_config(config, changes), Console())
+        _refuse_handbook(config)
+        run_recipe(load_config(config, changes), _console())
     else:
         raise ConfigError("give a CONFIG, such as configs/quickstart.yaml, or --handbook FILE.")
 
 
 def _handbook_run(path: Path, config: Path | None, changes: list[str]) -> RunConfig:
     """A run by the hyper-parameters of a handbook file; records and pairs come from CONFIG, or pairs from the file."""
-    from drift_jax.config import build_config, merge_configs, read_yaml
+    from drift_jax.config import build_config, merge_configs
     from drift_jax.data.mixer import load_mixture
+    from drift_jax.handbook import translate_handbook
 
-    translation = _translate(path, changes)
+    base = _base_of_handbook(config) if config is not None else {}
+    devices = _devices_with_pairs(merge_configs(base, translate_handbook(path, 1).config), changes)
+    translation = translate_handbook(path, devices)
     if config is not None:
-        merged = merge_configs(read_yaml(config), translation.config)
-        for change in changes:
-            apply_override(merged, change)
-        return build_config(merged, source=f"{config} with {path}")
+        translation = translation.without_pairs(str(config))
+        _print_translation(translation, _console())
+        return build_config(_changed(merge_configs(base, translation.config), changes), source=f"{config} with {path}")
     resolved = translation.build(changes)
-    if resolved.data.seed_train is None:
+    if resolved.data.seed_train is not None:
+        translation = translation.without_pairs(resolved.data.seed_train)
+    _print_translation(translation, _console())
+    # With records alone there is no seed stage; with neither, loading says that there are no pairs.
+    if resolved.data.seed_train is None and (translation.mixture.train or not resolved.data.dsat):
         pairs = load_mixture(translation.mixture, Path(resolved.run_dir) / "data", resolved.data.on_bad_row)
-        changes = [f"data.seed_train={pairs / 'pairs.train.jsonl'}", *changes]
+        changes = [_change("data.seed_train", pairs / "pairs.train.jsonl"), *changes]
         if (pairs / "pairs.test.jsonl").exists():
-            changes = [f"data.seed_test={pairs / 'pairs.test.jsonl'}", *changes]
+            changes = [_change("data.seed_test", pairs / "pairs.test.jsonl"), *changes]
     if not resolved.data.dsat:
         changes = ["recipe.iterations=0", *changes]
     return translation.build(changes)
 
 
-def _translate(
-    path: Path, changes: list[str], devices: int | None = None, console: Console | None = None
-) -> Translation:
-    """Translates a handbook file and prints the table. Its batch is per device that holds pairs of its own."""
-    import jax
+def _base_of_handbook(config: Path) -> dict[str, Any]:
+    """The plain values of CONFIG, less what presets decide: there the preset of the handbook file holds."""
+    from drift_jax.config import read_yaml
+    from drift_jax.presets import CHOICES
 
-    from drift_jax.handbook import translate_handbook, translation_table
+    _refuse_handbook(config)
+    base = read_yaml(config)
+    for key in CHOICES:
+        section, leaf = key.split(".")
+        if isinstance(base.get(section), dict):
+            base[section] = {name: value for name, value in base[section].items() if name != leaf}
+    return base
 
-    if devices is None:
-        tensor = translate_handbook(path, 1).build(changes).mesh.tensor
-        devices = max(1, jax.device_count() // max(1, tensor))
-    translation = translate_handbook(path, devices)
-    (console or Console()).print(translation_table(translation.rows))
-    return translation
+
+def _changed(raw: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    raw = copy.deepcopy(raw)
+    for change in changes:
+        apply_override(raw, change)
+    return raw
+
+
+def _devices_with_pairs(raw: dict[str, Any], changes: list[str]) -> int:
+    """Devices that hold pairs of their own; a handbook file's batch is that of one of them."""
+    from drift_jax.config import build_config
+    from drift_jax.sharding import build_mesh
+
+    # The mesh alone: whether the rest fits together cannot be said before the batch is known.
+    values = {"run_dir": "none", "model": {"path": "none"}, "mesh": _changed(raw, changes).get("mesh", {})}
+    shape = build_mesh(build_config(values).mesh).shape
+    return shape["data"] * shape["fsdp"]
+
+
+def _print_translation(translation: Translation, console: Console) -> None:
+    from drift_jax.handbook import translation_table
+
+    console.print(translation_table(translation.rows))
 
 
 @app.command()
@@ -127,13 +186,13 @@ def sample(
 ) -> None:
     """Samples chosen responses for DSAT records and writes pairs.train.jsonl and pairs.test.jsonl."""
     from drift_jax.manifest import Manifest
-    from drift_jax.models.hf import resolve_model
     from drift_jax.stages.identity import sample_identity
     from drift_jax.stages.inputs import load_dsat_split
     from drift_jax.stages.sample import pair_stage, sample_stage
 
+    _refuse_handbook(config)
     resolved = load_config(config, _changes(overrides, on_bad_row))
-    console, model_dir, manifest = Console(), resolve_model(model), Manifest(out)
+    console, model_dir, manifest = _console(), _resolve(model, resolved), Manifest(out)
     load_dsat_split(resolved, str(input))  # bad rows are refused before anything is written
     keys, inputs = sample_identity(resolved, manifest, model_dir, input)
     if not manifest.enter("sample", keys, inputs):
@@ -165,17 +224,17 @@ def train(
 ) -> None:
     """One DPO stage on pairs: checkpoints, metrics and a Hugging Face directory in OUT/hf. Run again to resume."""
     from drift_jax.data.mixer import load_mixture
-    from drift_jax.handbook import is_handbook_file
+    from drift_jax.handbook import is_handbook_file, translate_handbook
     from drift_jax.manifest import Manifest
-    from drift_jax.models.hf import resolve_model
     from drift_jax.records import read_pairs
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
 
-    changes, console = _changes(overrides, on_bad_row), Console()
+    changes, console = _changes(overrides, on_bad_row), _console()
     if is_handbook_file(config):
-        translation = _translate(config, changes, console=console)
+        translation = translate_handbook(config, _devices_with_pairs(translate_handbook(config, 1).config, changes))
+        _print_translation(translation.without_pairs(str(pairs)) if pairs else translation, console)
         resolved = translation.build(changes)
         model, out = model or resolved.model.path, out or Path(resolved.run_dir)
         pairs = pairs or load_mixture(translation.mixture, out / "data", resolved.data.on_bad_row)
@@ -185,8 +244,8 @@ def train(
         raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
     else:
         resolved = load_config(config, changes)
-    model_dir, manifest = resolve_model(model, resolved.model.revision), Manifest(out)
-    reference_dir = resolve_model(reference) if reference else model_dir
+    model_dir, manifest = _resolve(model, resolved), Manifest(out)
+    reference_dir = _resolve(reference, resolved) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if test_pairs.exists() else None
     for path in filter(None, (train_pairs, test)):
@@ -217,7 +276,7 @@ def export(
     from drift_jax.stages.export import export_stage
 
     config = build_config({"run_dir": str(out), "model": {"path": model}, "export": {"dtype": dtype}})
-    console = Console()
+    console = _console()
     summary = export_stage(config, checkpoint, resolve_model(model), out, console)
     console.print_json(data=dataclasses.asdict(config.export) | summary)
 
@@ -227,7 +286,7 @@ def presets() -> None:
     """What the presets drift, paper and trl1 choose, and what every choice does."""
     from drift_jax.presets import presets_table
 
-    Console().print(presets_table())
+    _console().print(presets_table())
 
 
 config_app = typer.Typer(help="Reads and writes configs.", no_args_is_help=True)
@@ -246,10 +305,14 @@ def translate(
 ) -> None:
     """Writes the config that an alignment-handbook file means; the table of keys goes to standard error."""
     from drift_jax.config import config_to_yaml
+    from drift_jax.handbook import translate_handbook
     from drift_jax.records import atomic_writer
 
     changes = _changes(overrides, None)
-    translation = _translate(file, changes, devices, Console(stderr=True))
+    if devices is None:
+        devices = _devices_with_pairs(translate_handbook(file, 1).config, changes)
+    translation = translate_handbook(file, devices)
+    _print_translation(translation, _console(stderr=True))
     text = config_to_yaml(translation.build(changes))
     if out is None:
         print(text, end="")
@@ -263,7 +326,7 @@ def doctor() -> None:
     """Devices, versions, memory, and which extras are missing with the command that adds them."""
     from drift_jax.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(Console()))
+    raise typer.Exit(run_doctor(_console()))
 
 
 def main() -> None:
@@ -273,7 +336,7 @@ def main() -> None:
     try:
         app()
     except DriftError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+        _console(stderr=True).print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
 
 

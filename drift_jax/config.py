@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from drift_jax.errors import ConfigError
 from drift_jax.presets import apply_preset
@@ -23,7 +25,7 @@ from drift_jax.presets import apply_preset
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
 DType = Literal["float32", "bfloat16"]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -58,7 +60,7 @@ class DataConfig:
     max_length: PositiveInt = 2048  # tokens of prompt + completion
     max_prompt_length: PositiveInt = 1024  # tokens of the prompt, where `truncation` looks at it
     # How text becomes ids, how a completion ends, what is cut: see `drift presets`; the preset gives the defaults.
-    template: Literal["generation_prompt", "handbook", "full_render"] = "generation_prompt"
+    template: Literal["generation_prompt", "handbook", "full_render", "reply_text"] = "generation_prompt"
     eos: Literal["turn_end", "append_if_missing", "append", "as_rendered"] = "turn_end"
     truncation: Literal[
         "keep_prompt_end", "trl<=0.11", "trl<=0.11 keep_start", "trl0.12", "trl0.12.0-0.12.2", "keep_start"
@@ -114,7 +116,7 @@ class TrainConfig:
     max_steps: PositiveInt | None = None  # stop after this many updates; null: by `epochs`
     batch_size: PositiveInt = 32  # pairs per update, over all devices and accumulation steps
     accumulation_steps: PositiveInt = 1  # micro-batches that make one update
-    eval_batch_size: PositiveInt | None = None  # pairs per forward without gradient; null: the micro-batch
+    eval_batch_size: PositiveInt | None = None  # held-out pairs per forward; null: the micro-batch
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     learning_rate: PositiveFloat = 5e-7
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -275,7 +277,7 @@ def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
         # JSON mode: strict types (no "2048" for 2048) while mappings still become dataclasses.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}:\n" + "\n".join(_describe(raw, e) for e in error.errors())) from None
+        raise ConfigError(f"{source}:\n" + "\n".join(_describe(error))) from None
     check_config(config)
     return config
 
@@ -347,7 +349,31 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _describe(raw: dict[str, Any], error: Any) -> str:
+def _describe(error: ValidationError) -> list[str]:
+    """One line per wrong key."""
+    lines: dict[str, None] = {}  # an ordered set: a key of several types has one error for each of them
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"][:2]))
+        union = key in config_keys() and len(problem["loc"]) > 2 and isinstance(problem["loc"][2], str)
+        lines[_union_line(key, problem["input"]) if union else _line(problem)] = None
+    return list(lines)
+
+
+def _union_line(key: str, value: Any) -> str:
+    section, leaf = key.split(".")
+    parts = typing.get_args(typing.get_type_hints(_SECTIONS[section], include_extras=True)[leaf])
+    return f"  {key}: must be {' or '.join(map(_in_words, parts))}, found {value!r}."
+
+
+def _in_words(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(map(repr, typing.get_args(annotation)))
+    return typing.get_args(annotation)[1].description
+
+
+def _line(error: ErrorDetails) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument" or error["type"] == "extra_forbidden":
         close = _closest(key)

@@ -47,19 +47,22 @@ def check_first_loss(metrics: Mapping[str, float], config: TrainConfig) -> None:
         )
 
 
-def check_params_changed(step: int, metrics: Mapping[str, float], config: TrainConfig) -> None:
+def check_params_changed(step: int, metrics: Mapping[str, float], config: TrainConfig) -> list[str]:
     """The first update with a learning rate above 0 must reach the weights; call it after every update.
 
     That update is the first one, or the second where there is a warm-up. `metrics["params_changed"]` is
     `optim.changed_at_peak`: what counts is whether the weights can take the updates of this run, and the first
     ones of a long warm-up are so small that sound float32 weights lose many of them.
 
+    Returns:
+      A line for the user when this is that update.
+
     Raises:
       StageError: it changes too few of the parameters that have a gradient (`LEAST_CHANGED`).
     """
     warm_up = config.warmup_steps is not None or config.warmup_ratio > 0
     if step != (2 if warm_up else 1):
-        return
+        return []
     share, least = metrics["params_changed"], LEAST_CHANGED[config.master_dtype]
     if not share >= least:
         raise StageError(
@@ -69,6 +72,10 @@ def check_params_changed(step: int, metrics: Mapping[str, float], config: TrainC
             "the weights' dtype are lost: keep float32 weights (bfloat16 ones need the stochastic rounding of "
             "train.master_dtype=bfloat16), or raise train.learning_rate."
         )
+    return [
+        f"update {step} changes {share:.1%} of the parameters that have a gradient, at the peak learning rate of "
+        f"{config.learning_rate:.3g}"
+    ]
 
 
 @final
@@ -80,8 +87,8 @@ class RewardWatch:
 
     Args:
       total_steps: updates of the stage; below 2 * WINDOW the windows are half of it.
-      rows: those of metrics.jsonl when a stage is resumed. What they warn of has been shown already. They may lie
-        several updates apart; a window then reaches further back.
+      rows: those of metrics.jsonl when a stage is resumed; what they warn of is in `earlier`. They may lie several
+        updates apart; a window then reaches further back.
     """
 
     def __init__(self, config: TrainConfig, total_steps: int, rows: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -89,8 +96,7 @@ class RewardWatch:
         self._size = min(WINDOW, total_steps // 2)
         self._rows: deque[_Row] = deque(maxlen=2 * self._size)
         self._warned: set[str] = set()
-        for row in rows:
-            self.update(row["step"], row)
+        self.earlier = [message for row in rows for message in self.update(row["step"], row)]
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """Takes the metrics of an update and returns new warnings. A step that was already seen is ignored."""

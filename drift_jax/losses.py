@@ -23,6 +23,8 @@ Where this departs from the DRIFT training stack (arXiv 2510.02341; TRL 0.10 to 
  6. `nll_loss` is always reported. TRL reports it only with `rpo_alpha` set and dropped it in 0.29.
  7. Metrics are means over all pairs of the global batch. TRL before 0.14 logs one device's means.
  8. `logits/chosen` and `logits/rejected` are not reported: they need all logits in memory at once.
+ 9. Evaluation (`train.evaluate_scores`) always takes the NLL as the mean over all chosen tokens of all held-out pairs,
+    and cuts nothing by neighbours: `eval_loss` and `eval_nll_loss` do not depend on how pairs were batched. TRL's do.
 """
 
 from __future__ import annotations

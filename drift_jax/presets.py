@@ -27,6 +27,8 @@ CHOICES: Mapping[str, Mapping[str, str]] = {
         "handbook": "prompt (with an empty system turn) and reply are rendered apart, so that the completion begins "
         "with the template's own system turn and the assistant's header",
         "full_render": "the dialogue is encoded as a whole; the completion is what follows the prompt's ids",
+        "reply_text": "prompt ends with the assistant's header; the reply's text is encoded for itself, sampled ids "
+        "are not used (TRL 0.12 to 0.28 on messages)",
     },
     "data.eos": {
         "turn_end": "the completion ends with its turn end; what the template writes after it is left out",
@@ -85,7 +87,7 @@ _TRL1 = {
     "data.template": "full_render",
     "data.eos": "as_rendered",
     "data.truncation": "keep_start",
-    "train.nll_reduction": "global_token_mean",
+    "train.nll_reduction": "group_token_mean",
     "train.nll_tokens": "all",
     "model.pad_embedding": "frozen",
     "sampling.style": "chat",
@@ -116,8 +118,9 @@ def apply_preset(raw: dict[str, Any]) -> dict[str, Any]:
     preset = raw.get("preset", "drift")
     data = raw.get("data")
     chosen = data.get("truncation") if isinstance(data, dict) else None
+    chosen = chosen if isinstance(chosen, str) else None
     filled = dict(raw)
-    # A section that is not a mapping, or a preset that is no text, is left for the validation to name.
+    # A section that is not a mapping, or a preset or a cut that is no text, is left for the validation to name.
     for key, value in preset_values(preset, chosen).items() if isinstance(preset, str) else ():
         section, leaf = key.split(".")
         held = filled.get(section, {})

@@ -190,12 +190,20 @@ class Trainer:
         return self._step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def score_pairs(
-        self, params: dict[str, Any], loader: PairLoader, on_batch: Callable[[int], None] | None = None
+        self,
+        params: dict[str, Any],
+        loader: PairLoader,
+        on_batch: Callable[[int], None] | None = None,
+        as_trained: bool = False,
     ) -> PairScores:
-        """Scores of all pairs of a loader in the order of its pairs, on the host in float64."""
+        """Scores of all pairs of a loader in the order of its pairs, on the host in float64.
+
+        Args:
+          as_trained: in the batches of the first epoch instead of by length (see `PairLoader.first_epoch`).
+        """
         count = len(loader.pairs)
         scores = PairScores(np.empty((count, 2)), np.empty((count, 2)), np.empty(count), np.empty(count))
-        for rows, batch in loader.by_length():
+        for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
             with jax.set_mesh(self.mesh):
                 parts = jax.device_get(self._score(params, put_batch(batch, self.mesh)))
             for column, part in zip(scores, parts, strict=True):
@@ -219,7 +227,7 @@ class Trainer:
 
 
 def evaluate_scores(scores: PairScores, ref_logps: Float[np.ndarray, "N 2"], config: TrainConfig) -> dict[str, float]:
-    """TRL's `eval_*` metrics of held-out pairs, each pair counting the same."""
+    """TRL's `eval_*` metrics of held-out pairs, each pair counting the same (rule 9 of losses.py)."""
     logps, ref = jnp.asarray(scores.logps, jnp.float32), jnp.asarray(ref_logps, jnp.float32)
     shares = jnp.full(len(logps), 1.0 / len(logps))
     nll = scores.nll.sum() / scores.tokens.sum()

@@ -7,10 +7,11 @@ the same ids. Loss `sigmoid` + 0.001 `sft`, linear warm-up, rmsprop and AdamW in
 first optimizer with bfloat16 compute, whose difference is reported apart. Every update prints both sides. The last
 line is JSON: `steps`, `max_rel_diff` over all float32 runs, and the `worst` quantity.
 
-A difference is relative to TRL's number. A reward is beta times the difference of two float32 sums of up to thousands
-of nats, whose last bit alone is 2e-4 nats; so a difference between rewards is relative to at least 1. While TRL's
-rewards are exactly 0 (no weight has moved), its strict `rewards/accuracies` is 0 and ours, against stored reference
-log-probs, a matter of the last bit: left out, and counted.
+A difference is relative to TRL's number. A reward is beta times the difference of two log-probs, each a float32 sum of
+up to thousands of nats whose last bit alone may be 2e-4 nats: of a difference between rewards, four such roundings are
+not counted, and the rest is relative to at least beta, which is one nat. While TRL's rewards are exactly 0 (no weight
+has moved), its strict `rewards/accuracies` is 0 and ours, against stored reference log-probs, a matter of the last bit:
+left out, and counted.
 """
 
 from __future__ import annotations
@@ -31,27 +32,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from drift_jax.config import RunConfig, build_config  # noqa: E402
-from drift_jax.data.batches import PairLoader, epoch_order  # noqa: E402
+from drift_jax.data.batches import epoch_order  # noqa: E402
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair  # noqa: E402
 from drift_jax.data.rules import build_rules  # noqa: E402
 from drift_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from drift_jax.errors import DriftError  # noqa: E402
-from drift_jax.models.architecture import PAD_EMBEDDINGS  # noqa: E402
-from drift_jax.models.hf import load_qwen_config  # noqa: E402
 from drift_jax.models.policy import load_policy  # noqa: E402
-from drift_jax.models.qwen import declare_qwen  # noqa: E402
 from drift_jax.progress import stage_progress  # noqa: E402
 from drift_jax.records import Pair, pair_to_row, read_pairs  # noqa: E402
 from drift_jax.sharding import build_mesh  # noqa: E402
-from drift_jax.train import Trainer, host_metrics  # noqa: E402
+from drift_jax.stages.dpo import build_loader, build_trainer  # noqa: E402
+from drift_jax.stages.reference import RefLogps  # noqa: E402
+from drift_jax.train import host_metrics  # noqa: E402
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 QUANTITIES = ("loss", "grad_norm", "learning_rate", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")
+ROUNDINGS = 4  # float32 roundings of a summed log-prob: two sums in the reward, on two sides
 OPTIMIZERS = {"rmsprop": "rmsprop", "adamw": "adamw_torch"}  # our name -> that of transformers
 Rows = list[dict[str, float]]
 
@@ -84,6 +84,7 @@ def make_comparison(args: argparse.Namespace, optimizer: str, compute_dtype: str
         "train": {
             "beta": args.beta,
             "rpo_alpha": args.rpo_alpha,
+            "group_size": args.batch_size,  # TRL's micro-batch
             "optimizer": optimizer,
             "learning_rate": args.learning_rate,
             "warmup_ratio": 0.1,
@@ -96,8 +97,18 @@ def make_comparison(args: argparse.Namespace, optimizer: str, compute_dtype: str
     tokenizer, rules = load_tokenizer(args.model), build_rules(config.data)
     pairs = list(read_pairs(args.pairs).records)
     tokenized = [tokenize_pair(p, tokenizer, config.data.max_prompt_length, args.max_length, rules) for p in pairs]
-    kept = [i for i, pair in enumerate(tokenized) if not pair.emptied]
-    kept = kept[: len(kept) // args.batch_size * args.batch_size]  # our padded last batch has no twin in TRL
+    fitting = [i for i, pair in enumerate(tokenized) if not pair.emptied]
+    kept = fitting[: len(fitting) // args.batch_size * args.batch_size]  # our padded last batch has no twin in TRL
+    if not kept:
+        raise DriftError(
+            f"{len(fitting)} of {len(pairs)} pairs have a prompt below --max-length {args.max_length}, fewer than one "
+            f"batch of {args.batch_size}. Raise --max-length or lower --batch-size."
+        )
+    cut = sum(tokenized[i].chosen_tokens_cut + tokenized[i].rejected_tokens_cut > 0 for i in kept)
+    print(
+        f"{len(kept)} of {len(pairs)} pairs compared, {cut} of them cut to {args.max_length} tokens; left out: "
+        f"{len(pairs) - len(fitting)} whose prompt fills it, {len(fitting) - len(kept)} of an incomplete batch"
+    )
     return Comparison(config, args.steps, [pairs[i] for i in kept], [tokenized[i] for i in kept])
 
 
@@ -166,22 +177,10 @@ def check_same_ids(theirs: Any, ours: Sequence[TokenizedPair], max_length: int) 
 def run_ours(comparison: Comparison, model_dir: Path) -> Rows:
     """One row of metrics an update, from the step that `drift train` runs."""
     config, mesh = comparison.config, build_mesh(comparison.config.mesh, jax.devices()[:1])
-    dtype = jnp.dtype(config.model.compute_dtype)
-    architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(model_dir))
-    graphdef, declared = declare_qwen(architecture, dtype)
-    trainer = Trainer(graphdef, declared, mesh, config.train, config.model.remat, comparison.steps)
+    trainer = build_trainer(config, model_dir, mesh, comparison.steps)
     params = load_policy(model_dir, mesh, config.model.compute_dtype).params
-    t = config.train
-    loader = PairLoader(
-        comparison.tokenized,
-        np.zeros((len(comparison.tokenized), 2)),
-        t.batch_size,
-        t.accumulation_steps,
-        config.data.max_length,
-        t.seed,
-    )
-    ref = trainer.score_pairs(params, loader)
-    loader = dataclasses.replace(loader, ref_logps=ref.logps)
+    scores = trainer.score_pairs(params, build_loader(config, comparison.tokenized), as_trained=True)
+    loader = build_loader(config, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
     with stage_progress("drift_jax", comparison.steps, "updates", console=Console(stderr=True)) as bar:
         rows = []
         for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, comparison.steps):
@@ -190,16 +189,20 @@ def run_ours(comparison: Comparison, model_dir: Path) -> Rows:
     return rows
 
 
-def difference(name: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> float | None:
+def difference(name: str, theirs: Mapping[str, float], ours: Mapping[str, float], beta: float) -> float | None:
     """Relative to TRL's number, as the top of this file says; None where it is left out."""
     a, b = theirs[name], ours[name]
     if name == "rewards/accuracies" and theirs["rewards/chosen"] == theirs["rewards/rejected"] == 0:
         return None
-    scale = max(abs(a), 1.0 if name in REWARDS else 0.0)
-    return 0.0 if a == b else abs(b - a) / scale if scale else float("inf")
+    gap, scale = abs(b - a), abs(a)
+    if name in REWARDS:
+        scale = max(scale, beta)
+        logps = max(abs(theirs["logps/chosen"]), abs(theirs["logps/rejected"]))
+        gap = max(0.0, gap - ROUNDINGS * beta * float(np.spacing(np.float32(logps))))
+    return 0.0 if gap == 0 else gap / scale if scale else float("inf")
 
 
-def report(title: str, trl: Rows, ours: Rows, console: Console) -> dict[str, Any]:
+def report(title: str, trl: Rows, ours: Rows, beta: float, console: Console) -> dict[str, Any]:
     """Prints both sides of every update, and returns the largest difference and where it is."""
     console.print(f"\n{title}\n", highlight=False)
     console.print("| step | | " + " | ".join(QUANTITIES) + " |", soft_wrap=True, highlight=False)
@@ -211,7 +214,7 @@ def report(title: str, trl: Rows, ours: Rows, console: Console) -> dict[str, Any
             cells = " | ".join(f"{row[name]:.7g}" for name in QUANTITIES)
             console.print(f"| {step} | {side} | {cells} |", soft_wrap=True, highlight=False)
         for name in QUANTITIES:
-            found = difference(name, a, b)
+            found = difference(name, a, b, beta)
             left_out += found is None
             if found is not None and not found <= worst["rel_diff"]:  # NaN counts as worst
                 worst = {"run": title, "step": step, "quantity": name, "trl": a[name], "ours": b[name]}
@@ -242,7 +245,7 @@ def main() -> int:
         for optimizer, dtype in runs:
             comparison = make_comparison(args, optimizer, dtype)
             trl, ours = run_trl(comparison, args.model), run_ours(comparison, args.model)
-            worst[dtype].append(report(f"{optimizer}, {dtype}", trl, ours, console))
+            worst[dtype].append(report(f"{optimizer}, {dtype}", trl, ours, args.beta, console))
     except DriftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -47,7 +47,7 @@ HELD_OUT_ROWS = {"rhe": 5, "oasst": 11}  # the first rows of dsat.jsonl
 TRAIN_ROWS = 48  # the rest of dsat.jsonl
 SEED_TEST_ROWS = {"rhe": 2, "oasst": 6}
 SEED_TRAIN_ROWS = 24
-COMPARE_ROWS = 64  # compare.jsonl: pairs of any length, to compare numbers on, not to learn from
+COMPARE_ROWS = 64  # compare.jsonl: the shortest pairs, to compare numbers on, not to learn from
 
 # Read and left out altogether.
 SET_ASIDE = {
@@ -126,14 +126,14 @@ def make_sample_data(source: Path, model: Path, out: Path) -> None:
             raise DataError(f"{needed} {name} rows are wanted, {found} are left. Lower the number in this script.")
     answered = [r for r in records if r.extra.get("next_assistant") and r.id not in SET_ASIDE]
     out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out / "compare.jsonl", map(seed_row, by_hash(answered)[:COMPARE_ROWS]))
+    write_jsonl(out / "compare.jsonl", map(seed_row, by_hash(sorted(answered, key=characters)[:COMPARE_ROWS])))
     write_jsonl(out / "dsat.jsonl", map(sample_row, by_hash(held_out) + by_hash(train)))
     write_jsonl(out / "seed.train.jsonl", map(seed_row, by_hash(seed_train)))
     write_jsonl(out / "seed.test.jsonl", map(seed_row, by_hash(seed_test)))
     print(f"{len(records)} rows, {len(usable)} usable, {len(seedable)} of them as seed pairs.")
     print(f"{out}/dsat.jsonl: {len(held_out)} held-out rows, then {len(train)} training rows.")
     print(f"{out}/seed.train.jsonl: {len(seed_train)} pairs, {out}/seed.test.jsonl: {len(seed_test)} pairs.")
-    print(f"{out}/compare.jsonl: {min(COMPARE_ROWS, len(answered))} pairs of any length.")
+    print(f"{out}/compare.jsonl: {min(COMPARE_ROWS, len(answered))} pairs.")
 
 
 def check_tables(records: Iterable[DsatRecord]) -> None:
@@ -226,6 +226,12 @@ def take_families(
 def by_hash(records: Iterable[DsatRecord]) -> list[DsatRecord]:
     """A fixed order in which sources and tasks are mixed."""
     return sorted(records, key=lambda record: hashlib.sha256(record.id.encode()).hexdigest())
+
+
+def characters(record: DsatRecord) -> int:
+    """Of the prompt and the longer reply."""
+    replies = (record.rejected, record.extra["next_assistant"])
+    return sum(len(message.content) for message in record.prompt) + max(map(len, replies))
 
 
 def sample_row(record: DsatRecord) -> dict:

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # torch's threads wait for each other by spinning: beside another worker two of them are slower than one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import jax
 import pytest
 from beartype import BeartypeConf, beartype

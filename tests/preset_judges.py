@@ -67,7 +67,7 @@ JUDGES = {
     "paper": _old(TRL_0_11),
     "paper, trl0.12": _old(TRL_0_13),
     "paper, trl0.12.0-0.12.2": _old(TRL_0_12_2),
-    "trl1": Judge(tokenize_trl1, TRL_0_11, None, trains_pad=False),
+    "trl1": Judge(tokenize_trl1, TRL_0_11, GROUP, trains_pad=False),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,8 @@ import pytest
 import yaml
 
 from drift_jax.cli import main
-from drift_jax.config import load_config
+from drift_jax.config import RunConfig, config_to_yaml, load_config
+from drift_jax.presets import PRESETS
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 
 Drift = Callable[..., tuple[int, str, str]]
@@ -329,7 +331,7 @@ def test_pairs_without_a_completion_left_are_counted_and_named(drift: Drift, bas
     (base / "pairs" / "pairs.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, err = drift(
         "train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out",
-        "--set", "preset=trl1",
+        "--set", "preset=trl1", "--set", "train.warmup_ratio=0",
     )  # fmt: skip
     assert code == 0, err
     assert "1 of 8 train pairs (12.5%) lost a completion" in " ".join(out.split()) and "s3" in out
@@ -337,3 +339,128 @@ def test_pairs_without_a_completion_left_are_counted_and_named(drift: Drift, bas
     summary = stages["train"]["summary"]
     assert summary["pairs"] == 7 and summary["drops"] == {"not encodable": 0, "completion cut away": 1}
     assert len(summary["warnings"]) == 1
+
+
+# --- drift run CONFIG --handbook FILE --------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def resolved(monkeypatch: pytest.MonkeyPatch, drift: Drift) -> Callable[..., tuple[RunConfig, str]]:
+    """What `drift run` would run, and what it printed before."""
+    runs: list[RunConfig] = []
+    monkeypatch.setattr("drift_jax.recipe.run", lambda config, console: runs.append(config))
+    monkeypatch.setenv("COLUMNS", "600")  # every row of the table in one line
+
+    def call(*words: object) -> tuple[RunConfig, str]:
+        code, out, err = drift("run", *words)
+        assert code == 0, err
+        return runs[-1], " ".join(out.split())
+
+    return call
+
+
+Resolved = Callable[..., tuple[RunConfig, str]]
+
+
+def change_config(path: Path, **sections: object) -> Path:
+    raw = yaml.safe_load(path.read_text())
+    for key, value in sections.items():
+        raw[key] = raw.get(key, {}) | value if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mesh", "change", "batch"),
+    [
+        ({}, None, 8),
+        ({"tensor": 2}, None, 4),
+        ({"tensor": 2}, "mesh.tensor=4", 2),
+        ({"fsdp": 2, "tensor": -1}, None, 2),
+    ],
+    ids=str,
+)
+def test_the_batch_of_a_handbook_file_is_per_device_of_the_whole_config(
+    resolved: Resolved, handbook: Path, mesh: dict, change: str | None, batch: int
+) -> None:
+    config = change_config(handbook.parent / "config.yaml", mesh=mesh)
+    found, _ = resolved(config, "--handbook", handbook, *(("--set", change) if change else ()))
+    assert found.train.batch_size == batch
+
+
+def test_accumulation_by_option_is_checked_against_the_batch_of_all_devices(resolved: Resolved, handbook: Path) -> None:
+    config = handbook.parent / "config.yaml"
+    assert resolved(config, "--handbook", handbook, "--set", "train.accumulation_steps=8")[0].train.batch_size == 8
+
+
+def test_the_preset_of_a_handbook_file_replaces_all_that_presets_decide(resolved: Resolved, handbook: Path) -> None:
+    """A CONFIG with every key written out, such as RUN/config.yaml, must not keep its preset through the back door."""
+    path = handbook.parent / "config.yaml"
+    path.write_text(config_to_yaml(load_config(path, ["train.warmup_steps=7", "train.max_steps=3"])))
+    found, out = resolved(path, "--handbook", handbook)
+    values = dataclasses.asdict(found)
+    for key, value in PRESETS["paper"].items():
+        section, leaf = key.split(".")
+        assert values[section][leaf] == value, key
+    assert found.preset == "paper" and (found.train.warmup_steps, found.train.max_steps) == (None, None)
+    assert "pairs are not read from this file" in out
+    found, _ = resolved(path, "--handbook", handbook, "--set", "data.eos=append", "--set", "preset=trl1")
+    assert (found.data.eos, found.data.template) == ("append", PRESETS["trl1"]["data.template"])
+
+
+def test_records_go_on_without_a_seed_where_the_file_names_no_pairs(
+    drift: Drift, resolved: Resolved, handbook: Path
+) -> None:
+    raw = yaml.safe_load(handbook.read_text())
+    handbook.write_text(yaml.safe_dump({k: v for k, v in raw.items() if not k.startswith("dataset_")}))
+    found, _ = resolved("--handbook", handbook, "--set", f"data.dsat={handbook.parent / 'dsat.jsonl'}")
+    assert found.data.seed_train is None and found.recipe.iterations == 2
+    code, _, err = drift("run", "--handbook", handbook)
+    assert code == 2 and "the file names no pairs" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("name", ["a b #c", "2024", ":train:", 'it\'s "é"', "[x]", "null"])
+def test_a_path_given_by_option_is_taken_as_it_is(resolved: Resolved, handbook: Path, name: str) -> None:
+    config = handbook.parent / "config.yaml"
+    assert resolved(config, "--run-dir", name)[0].run_dir == name
+    data = handbook.parent / "data"
+    moved = data.rename(handbook.parent / name)
+    raw = yaml.safe_load(handbook.read_text()) | {"dataset_mixer": {str(moved): 1.0}}
+    handbook.write_text(yaml.safe_dump(raw))
+    found, out = resolved("--handbook", handbook, "--run-dir", handbook.parent / "run" / name)
+    assert found.data.seed_train == str(handbook.parent / "run" / name / "data" / "pairs.train.jsonl")
+    assert found.recipe.iterations == 0 and f"100 % of {moved} " in out
+
+
+def test_paths_in_messages_keep_their_colons(drift: Drift, base: Path) -> None:
+    assert "/:train:.yaml" in drift("run", base / ":train:.yaml")[2].replace("\n", "")
+
+
+@pytest.mark.parametrize("words", [("run", "FILE"), ("run", "FILE", "--handbook", "FILE"), ("sample", "FILE")], ids=str)
+def test_a_handbook_file_in_place_of_a_config_is_named(drift: Drift, handbook: Path, words: tuple[str, ...]) -> None:
+    rest = ("--model", "m", "--input", "i", "--out", handbook.parent / "o") if words[0] == "sample" else ()
+    code, _, err = drift(*(handbook if word == "FILE" else word for word in words), *rest)
+    assert code == 2 and f"drift run --handbook {handbook}" in " ".join(err.split()) and "unknown key" not in err
+
+
+def test_a_handbook_file_without_a_model_says_which_key_is_missing(drift: Drift, handbook: Path) -> None:
+    raw = yaml.safe_load(handbook.read_text())
+    del raw["model_name_or_path"]
+    handbook.write_text(yaml.safe_dump(raw))
+    code, _, err = drift("train", handbook)
+    assert code == 2 and "model_name_or_path: this key is required" in " ".join(err.split())
+
+
+def test_the_revision_is_that_of_the_models_own_path(monkeypatch: pytest.MonkeyPatch, drift: Drift, base: Path) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def resolve(model: str, revision: str | None = None) -> Path:
+        asked.append((model, revision))
+        return base / "model"
+
+    monkeypatch.setattr("drift_jax.models.hf.resolve_model", resolve)
+    config = change_config(base / "config.yaml", model={"path": "org/one", "revision": "abc"})
+    words = ("train", config, "--pairs", base / "nothing", "--out", base / "out")
+    assert drift(*words, "--model", "org/one", "--reference", "org/two")[0] == 2  # there are no pairs
+    assert drift(*words, "--model", "org/two", "--reference", "org/one")[0] == 2
+    assert asked == [("org/one", "abc"), ("org/two", None), ("org/two", None), ("org/one", "abc")]

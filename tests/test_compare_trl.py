@@ -48,10 +48,11 @@ def arguments(model_dir: Path, steps: int) -> Namespace:
 def test_thirty_updates_equal_trl(model_dir: Path) -> None:
     """64 real pairs, rmsprop and AdamW, learning rate 1e-4: within 1e-4 relative at every update."""
     command = [sys.executable, str(SCRIPT), "--model", str(model_dir), "--pairs", str(PAIRS)]
-    command += ["--steps", "30", "--max-length", "256"]
+    command += ["--steps", "30", "--max-length", "768"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "64 of 64 pairs compared" in done.stdout
     lines = done.stdout.splitlines()
     result = json.loads(lines[-1])
     assert result["steps"] == 30 and result["max_rel_diff"] < 1e-4, result["worst"]
@@ -84,7 +85,7 @@ def test_what_is_changed_is_seen(compare_trl: Any, four_updates: Any, model_dir:
     for section, values in changes.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
     ours = compare_trl.run_ours(dataclasses.replace(comparison, config=config), model_dir)
-    worst = compare_trl.report("", theirs, ours, Console(quiet=True))
+    worst = compare_trl.report("", theirs, ours, config.train.beta, Console(quiet=True))
     assert worst["rel_diff"] > 5e-4 if changes else worst["rel_diff"] < 1e-4, worst
 
 
@@ -102,7 +103,7 @@ def test_other_tokens_than_those_of_trl_are_named(compare_trl: Any, four_updates
 def test_real_weights_equal_trl(demo_model_dir: Path) -> None:
     """The demo model in float32, four updates of one short pair; README.md shows those of four pairs."""
     command = [sys.executable, str(SCRIPT), "--model", str(demo_model_dir), "--steps", "4", "--batch-size", "1"]
-    command += ["--optimizers", "rmsprop", "--max-length", "64", "--learning-rate", "1e-5"]
+    command += ["--optimizers", "rmsprop", "--max-length", "128", "--learning-rate", "1e-5"]
     # torch's threads wait for each other by spinning, which beside another test process takes thrice as long.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False, env=environment)

@@ -23,6 +23,7 @@ from drift_jax.config import (
     load_config,
 )
 from drift_jax.errors import ConfigError
+from drift_jax.presets import PRESETS
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = Path(drift_jax.__file__).parent
@@ -93,6 +94,8 @@ def test_the_defaults_are_those_of_the_published_configs() -> None:
         ({"tracking": {"trackers": ["mlflow"]}}, r"tracking\.trackers\.0: .*found 'mlflow'"),
         ({"train": {"learning_rate": float("inf")}}, r"train\.learning_rate: .*finite number"),
         ({"train": {"adam_beta2": 1.0}}, r"train\.adam_beta2: .*less than 1, found 1\.0"),
+        ({"data": {"truncation": ["a"]}}, r"data\.truncation: .*found \['a'\]"),
+        ({"preset": ["a"]}, r"preset: .*found \['a'\]"),
         ({"run_dir": ""}, r"run_dir: .*at least 1 character"),
         ({"train": {"beta": 0}}, r"train\.beta: .*greater than 0, found 0"),
         ({"train": {"label_smoothing": 0.5}}, r"train\.label_smoothing: .*less than 0\.5, found 0\.5"),
@@ -102,6 +105,23 @@ def test_the_defaults_are_those_of_the_published_configs() -> None:
 def test_a_wrong_key_or_value_is_named(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**sections)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "line"),
+    [
+        ("train", "eval_every", "foo", "must be an integer of at least 1 or 'epoch' or null, found 'foo'."),
+        ("train", "eval_every", 0, "must be an integer of at least 1 or 'epoch' or null, found 0."),
+        ("train", "eval_every", ["a"], "must be an integer of at least 1 or 'epoch' or null, found ['a']."),
+        ("checkpoint", "every_steps", 1.5, "must be an integer of at least 1 or 'epoch' or 'end', found 1.5."),
+        ("train", "warmup_steps", "x", "Input should be a valid integer, found 'x'."),
+        ("train", "warmup_steps", 0, "Input should be greater than or equal to 1, found 0."),
+    ],
+)
+def test_a_key_of_several_types_is_named_in_one_line(section: str, key: str, value: Any, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(**{section: {key: value}})
+    assert str(caught.value) == f"config:\n  {section}.{key}: {line}"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +249,15 @@ def test_every_shipped_config_loads(path: Path) -> None:
         file = getattr(config.data, name)
         if file and file.startswith("data/sample/"):  # others are the user's to make
             assert (REPO / file).is_file(), f"{path.name} names {file}, which is not shipped"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_another_preset_holds_whole_in_every_shipped_config(path: Path, preset: str) -> None:
+    """None of them writes a key that a preset decides."""
+    config = dataclasses.asdict(load_config(path, [f"preset={preset}"]))
+    found = {key: config[section][leaf] for key in PRESETS[preset] for section, leaf in [key.split(".")]}
+    assert found == PRESETS[preset]
 
 
 def test_configs_are_shipped() -> None:

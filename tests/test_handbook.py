@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from drift_jax.config import RunConfig
+from drift_jax.config import RunConfig, build_config, merge_configs
 from drift_jax.errors import ConfigError
 from drift_jax.handbook import (
     DatasetMixture,
@@ -156,7 +156,7 @@ def test_an_old_recipe() -> None:
 def test_a_new_recipe() -> None:
     translation = translate_handbook(FIXTURES / "new.yaml", devices=4)
     config = translation.build()
-    assert (config.preset, config.data.template, config.data.truncation) == ("paper", "full_render", "trl0.12")
+    assert (config.preset, config.data.template, config.data.truncation) == ("paper", "reply_text", "trl0.12")
     assert (config.data.eos, config.train.nll_tokens) == ("append", "nonzero")
     assert (config.data.max_length, config.data.max_prompt_length) == (1024, 256)
     assert (config.train.optimizer, config.train.warmup_steps, config.train.epochs) == ("adamw", 20, 2)
@@ -211,7 +211,58 @@ def test_the_table_prints_keys_values_and_reasons(tmp_path: Path) -> None:
     assert "runs/[red]x" in text
     assert "code of a model's repository is never executed here" in text
     assert "train.rpo_alpha = 0.001" in text
-    assert "1e-06 (default)" in text and "train.learning_rate = 1e-06" in text
+    assert "5e-05 (default)" in text and "train.learning_rate = 5e-05" in text
+
+
+def test_a_narrow_terminal_crops_no_key_and_no_value(tmp_path: Path) -> None:
+    console = Console(width=80, record=True)
+    rows = translate(tmp_path, output_dir="runs/" + 40 * "x" + "end", per_device_train_batch_size=1).rows
+    console.print(translation_table(rows))
+    lines = [line for line in console.export_text().splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line.split("│")] for line in lines]
+    columns = ["".join(part) for part in zip(*cells, strict=True)]
+    assert "gradient_accumulation_steps" in columns[1] and "…" not in "".join(columns)
+    assert f"runs/{40 * 'x'}end" in columns[2].replace('"', "")
+
+
+def test_pairs_from_elsewhere_are_said_to_be_so(tmp_path: Path) -> None:
+    translation = translate(tmp_path, dataset_mixer={"org/x": 1.0}, dataset_splits=["train"])
+    changed = translation.without_pairs("CONFIG")
+    assert changed.mixture == DatasetMixture() and changed.config == translation.config
+    for key in ("dataset_mixer", "dataset_splits"):
+        assert ours(changed)[key] == "does not apply: pairs are not read from this file but from CONFIG"
+    assert ours(changed)["optim"] == ours(translation)["optim"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", ["sigmoid"]], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"warmup_ratio": 0.2}, {"warmup_steps": 0}, {"warmup_steps": 0.5}], ids=str)
+def test_nothing_of_a_config_below_survives_where_the_file_is_silent(
+    tmp_path: Path, keys: dict[str, Any], loss: Any
+) -> None:
+    below = {
+        "model": {"path": "other", "revision": "abc"},
+        "train": {"warmup_steps": 7, "max_steps": 3, "eval_every": 9, "label_smoothing": 0.2},
+        "checkpoint": {"every_steps": 9},
+    }
+    translation = translate(tmp_path, loss_type=loss, **keys)
+    merged = build_config(merge_configs(below, translation.config))
+    assert merged == translation.build()
+    assert (merged.model.revision, merged.train.warmup_steps, merged.train.label_smoothing) == (None, None, 0.0)
+
+
+def test_a_number_of_warm_up_updates_is_kept(tmp_path: Path) -> None:
+    for keys in ({"warmup_steps": 5, "warmup_ratio": 0.1}, {"warmup_ratio": 0.1, "warmup_steps": 5}):
+        path = tmp_path / "order.yaml"
+        path.write_text(yaml.safe_dump({"model_name_or_path": "m"} | keys, sort_keys=False), encoding="utf-8")
+        assert translate_handbook(path, 1).build().train.warmup_steps == 5
+
+
+def test_the_default_learning_rate_is_that_of_the_stack(tmp_path: Path) -> None:
+    rates = [
+        translate(tmp_path, **keys).build().train.learning_rate
+        for keys in ({}, {"dataset_name": "org/x"}, {"loss_type": ["sigmoid"]})
+    ]
+    assert rates == [5e-5, 1e-6, 1e-6]
 
 
 def test_overrides_come_after_the_translation() -> None:
@@ -232,7 +283,9 @@ def test_what_is_a_handbook_file(tmp_path: Path) -> None:
     assert not is_handbook_file(REPO / "configs" / "qwen2.5-7b.yaml")
     path.write_text("model_name_or_path: x\ntrain: {beta: 1}\n", encoding="utf-8")
     assert not is_handbook_file(path)
-    path.write_text("beta: 0.1\n", encoding="utf-8")
+    path.write_text("beta: 0.1\n", encoding="utf-8")  # the model's name is missing; translating says so
+    assert is_handbook_file(path)
+    path.write_text("colour: red\n", encoding="utf-8")
     assert not is_handbook_file(path)
 
 
@@ -257,14 +310,14 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({}, {"model.compute_dtype": "float32", "model.remat": "none", "train.learning_rate": 1e-6}),
+        ({}, {"model.compute_dtype": "float32", "model.remat": "none", "train.learning_rate": 5e-5}),
         ({}, {"train.epochs": 3, "train.warmup_ratio": 0.0, "data.max_length": 512, "data.max_prompt_length": 128}),
         ({}, {"train.batch_size": 16, "train.eval_batch_size": 16, "train.group_size": 8, "train.rpo_alpha": 0}),
         ({}, {"checkpoint.every_steps": 500, "checkpoint.keep": 2, "tracking.log_every": 500, "tracking.trackers": ()}),
         ({}, {"run_dir": "runs/recipe", "train.eval_every": None, "train.max_steps": None, "train.seed": 42}),
         ({"bf16": False, "gradient_checkpointing": False}, {"model.compute_dtype": "float32", "model.remat": "none"}),
         ({"bf16": True, "activation_checkpointing": True}, {"model.compute_dtype": "bfloat16", "model.remat": "layer"}),
-        ({"bf16": None, "learning_rate": None}, {"model.compute_dtype": "float32", "train.learning_rate": 1e-6}),
+        ({"bf16": None, "learning_rate": None}, {"model.compute_dtype": "float32", "train.learning_rate": 5e-5}),
         (
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.3},
             {"train.schedule": "constant", "train.warmup_ratio": 0},
@@ -459,10 +512,11 @@ def test_all_unknown_keys_are_named_with_the_closest_known_one(tmp_path: Path) -
     assert "5 problems" in message
 
 
-def test_keys_that_are_no_text_are_unknown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["3", "2024-01-01", "~"])
+def test_keys_that_are_no_text_are_refused(tmp_path: Path, key: str) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text("model_name_or_path: x\n3: 4\n2024-01-01: 1\n~: 1\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"(?s)3: unknown key.*2024-01-01: unknown key.*None: unknown key"):
+    path.write_text(f"model_name_or_path: x\n{key}: 4\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"the key '{key}' is not text"):
         translate_handbook(path, 1)
 
 

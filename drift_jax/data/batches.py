@@ -95,10 +95,22 @@ class PairLoader:
 
     def shuffled(self, step: int) -> PairBatch:
         """The batch of an update; `step` counts from 0 over all epochs. The last of an epoch may be part padding."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(len(self.pairs), self.seed, epoch)
-        rows = order[position * self.batch_size :][: self.batch_size]
+        rows = self._rows_of(step)
         return self._build(rows, self._lost_ends(rows))
+
+    def first_epoch(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
+        """The batches of the first epoch, whole, each with the positions of its pairs in `pairs`.
+
+        For the reference pass: in bfloat16 a log-prob depends on the shape of its batch and on its neighbours by up to
+        a nat, so that only in the batches of the first epoch the policy equals the reference.
+        """
+        for step in range(self.steps_per_epoch):
+            rows = self._rows_of(step)
+            yield rows, self._build(rows, np.zeros((len(rows), 2), bool))
+
+    def _rows_of(self, step: int) -> Int[np.ndarray, "R"]:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return epoch_order(len(self.pairs), self.seed, epoch)[position * self.batch_size :][: self.batch_size]
 
     def by_length(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
         """All pairs once, longest first, each batch with the positions of its pairs in `pairs`.
@@ -114,7 +126,9 @@ class PairLoader:
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
         """Which completions lose their last token because of their neighbours."""
         lost, cut = np.zeros((len(rows), 2), bool), self.group_cut
-        for start in range(0, len(rows), self.group_size) if cut is not None else ():
+        if cut is None:
+            return lost
+        for start in range(0, len(rows), self.group_size):
             group = [self.pairs[row] for row in rows[start : start + self.group_size]]
             prompts = np.array([len(pair.prompt_ids) for pair in group])
             completions = np.array([pair.completion_lengths for pair in group])

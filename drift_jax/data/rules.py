@@ -149,6 +149,10 @@ TEMPLATES: Mapping[str, Template] = {
         _chosen_as_sampled,
         lambda pair, tokenizer: tokenizer.encode_reply(pair.prompt, pair.rejected),
     ),
+    "reply_text": Template(
+        _prompt_up_to_reply,
+        **_each_side(lambda reply, prompt, tokenizer: tokenizer.encode_reply(prompt, reply)),
+    ),
     "handbook": Template(_handbook_prompt, **_each_side(_handbook_reply)),
     "full_render": Template(_prompt_up_to_reply, **_each_side(_after_prompt)),
 }

@@ -167,12 +167,13 @@ class Stack:
     preset: str
     truncation: Mapping[str, str]  # truncation_mode -> data.truncation
     defaults: Mapping[str, Any]  # handbook key -> value
-    settings: Mapping[str, str] = field(default_factory=dict)  # ours, where they differ from the preset's
+    settings: Mapping[str, Any] = field(default_factory=dict)  # ours, where they differ from the preset's
     ignored: Mapping[str, str] = field(default_factory=dict)  # handbook key -> reason
     not_null: Mapping[str, str] = field(default_factory=dict)
 
 
 _DEFAULTS: Mapping[str, Any] = {
+    "model_revision": None,
     "beta": 0.1,
     "label_smoothing": 0.0,
     "rpo_alpha": None,
@@ -210,13 +211,20 @@ STACKS: Mapping[str, Stack] = {
         "alignment-handbook before 2025-07 with TRL <= 0.11",
         preset="paper",
         truncation={"keep_end": "trl<=0.11", "keep_start": "trl<=0.11 keep_start"},
-        defaults={**_DEFAULTS, "optim": "rmsprop", "max_length": 512, "max_prompt_length": 128},
+        # TRL's own learning rate, 1e-6, came with 0.12; before, the Trainer's held.
+        defaults={
+            **_DEFAULTS,
+            "learning_rate": 5e-5,
+            "optim": "rmsprop",
+            "max_length": 512,
+            "max_prompt_length": 128,
+        },
     ),
     # Rows go to TRL as messages: no handbook templating. Rows above max_length lose their start there, their end here.
     "handbook2": Stack(
         "alignment-handbook from 2025-07 with TRL 0.19 to 0.28",
         preset="paper",
-        settings={"data.template": "full_render"},
+        settings={"data.template": "reply_text"},
         truncation=dict.fromkeys(("keep_end", "keep_start"), "trl0.12"),
         defaults={**_DEFAULTS, **_LATER, "max_prompt_length": 512},
         not_null=_NO_CUT | {"max_prompt_length": "leaving prompts uncut is not offered; give a number of tokens"},
@@ -224,6 +232,7 @@ STACKS: Mapping[str, Stack] = {
     "trl1": Stack(
         "TRL >= 0.29",
         preset="trl1",
+        settings={"train.label_smoothing": 0.0},
         truncation={"keep_start": "keep_start"},
         defaults={**_DEFAULTS, **_LATER, "truncation_mode": "keep_start"},
         ignored={

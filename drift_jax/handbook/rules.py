@@ -29,11 +29,17 @@ def _max_steps(value: Any, file: HandbookFile) -> Outcome:
 def _warmup_ratio(value: Any, file: HandbookFile) -> Outcome:
     ratio = fitting("train.warmup_ratio", value)
     if file.values["lr_scheduler_type"] == "constant":
-        return Outcome({"train.warmup_ratio": 0.0}, "lr_scheduler_type constant has no warm-up")
+        return Outcome(_by_ratio(0.0), "lr_scheduler_type constant has no warm-up")
     steps = file.values.get("warmup_steps", 0)
     if isinstance(steps, float) and 0 < steps < 1:
         return Outcome({}, "does not apply: replaced by warmup_steps")
-    return Outcome({"train.warmup_ratio": ratio})
+    by_steps = isinstance(steps, int | float) and steps >= 1
+    return Outcome({"train.warmup_ratio": ratio} if by_steps else _by_ratio(ratio))
+
+
+def _by_ratio(ratio: float) -> dict[str, Any]:
+    """No number of updates stands against the ratio, not even that of a config the translation is merged into."""
+    return {"train.warmup_ratio": ratio, "train.warmup_steps": None}
 
 
 def _warmup_steps(value: Any, file: HandbookFile) -> Outcome:
@@ -43,7 +49,7 @@ def _warmup_steps(value: Any, file: HandbookFile) -> Outcome:
     if steps == 0:
         return Outcome({}, "does not apply: warmup_ratio holds")
     if steps < 1:
-        return Outcome({"train.warmup_ratio": steps}, "a share of the updates")
+        return Outcome(_by_ratio(steps), "a share of the updates")
     return Outcome({"train.warmup_steps": _steps(value)})
 
 

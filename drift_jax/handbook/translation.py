@@ -12,8 +12,7 @@ Where the result departs from that stack:
     out the last, incomplete one.
  2. An absent `report_to` means no trackers; transformers 4 took every installed one. An absent `save_total_limit`
     means `checkpoint.keep`; the Trainer keeps all.
- 3. An absent `learning_rate` is 1e-6, TRL's default from 0.12 on; before, it was the Trainer's 5e-5.
- 4. TRL 0.14 to 0.28 cut rows above `max_length` at their start (keep_end); here they are cut at their end.
+ 3. TRL 0.14 to 0.28 cut rows above `max_length` at their start (keep_end); here they are cut at their end.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from drift_jax.presets import PRESETS
 
 _ALL_RULES = {**RULES, **DATA_RULES}
 KNOWN_KEYS = frozenset({*ALIASES, *IGNORED, *ONLY, *DIRECT, *CHOICES, *_ALL_RULES})
+_DATA_KEYS = frozenset({*DATA_RULES, *(old for old, new in ALIASES.items() if new in DATA_RULES)})
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,22 @@ class Translation:
             apply_override(raw, override)
         return build_config(raw, source=self.source)
 
+    def without_pairs(self, instead: str) -> Translation:
+        """The same, where the pairs come from elsewhere: the rows that name pairs say so."""
+        note = f"does not apply: pairs are not read from this file but from {instead}"
+        rows = (replace(row, ours=note) if row.key in _DATA_KEYS else row for row in self.rows)
+        return replace(self, mixture=DatasetMixture(), rows=tuple(rows))
+
 
 def is_handbook_file(path: str | Path) -> bool:
-    """Whether a YAML file has the flat keys of the handbook and none of our sections.
+    """Whether a YAML file has flat keys of the handbook and none of our sections.
 
     Raises:
       ConfigError: the file is missing, is not YAML or holds no mapping.
     """
     raw = read_yaml(path)
     ours = {key.partition(".")[0] for key in config_keys()}
-    return "model_name_or_path" in raw and ours.isdisjoint(raw)
+    return not KNOWN_KEYS.isdisjoint(raw) and ours.isdisjoint(raw)
 
 
 def translate_handbook(path: str | Path, devices: int) -> Translation:
@@ -114,7 +120,9 @@ def translate_handbook(path: str | Path, devices: int) -> Translation:
 
 def translation_table(rows: Sequence[TranslatedKey]) -> Table:
     """Key, value and our key of every row, for people to read before a run."""
-    table = Table("key", "value", "here")
+    table = Table()
+    for title in ("key", "value", "here"):
+        table.add_column(title, overflow="fold")  # nothing is cropped, however narrow the terminal
     for row in rows:
         value = shown(row.value) + (" (default)" if row.default else "")
         table.add_row(escape(row.key), escape(value), escape(row.ours), style="dim" if row.default else None)
@@ -158,7 +166,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for key, value in settings.items():
         section, _, leaf = key.rpartition(".")
-        if of_preset.get(key) != value:
+        if key not in of_preset or of_preset[key] != value:
             (config.setdefault(section, {}) if section else config)[leaf] = value
     return config
 

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from drift_jax.checkpoint import Checkpointer
@@ -16,11 +17,12 @@ from drift_jax.config import RunConfig
 from drift_jax.data.batches import PairLoader
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import build_rules
+from drift_jax.errors import DataError
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
-from drift_jax.optim import describe_optimizer, total_steps
+from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
 from drift_jax.progress import stage_progress
 from drift_jax.records import write_json
 from drift_jax.sharding import build_mesh, check_batch
@@ -50,16 +52,22 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     tokenizer = open_tokenizer(job.model_dir)
     train = load_tokenized(config, job.train_pairs, tokenizer)
     test = load_tokenized(config, job.test_pairs, tokenizer)
+    warnings = [message for file, what in ((train, "train"), (test, "held-out")) if (message := file.warning(what))]
+    if not train.pairs:
+        raise DataError(f"{job.train_pairs}: no pair is left to train on, {train.drops}. " + " ".join(warnings))
     steps = total_steps(len(train.pairs), config.train.batch_size, job.epochs, config.train.max_steps)
+    if steps == 1 and warmup_steps(config.train, steps):
+        warnings.append(
+            "the stage has one update, and its warm-up starts at learning rate 0: nothing will be learnt. Set "
+            "train.warmup_ratio to 0, or train longer."
+        )
     for line in (describe_rules(config), describe_cuts(train, test), describe_optimizer(config.train, steps)):
         console.print(line, highlight=False, soft_wrap=True)
-    architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(job.model_dir))
-    graphdef, declared = declare_qwen(architecture, jnp.dtype(config.model.compute_dtype))
-    trainer = Trainer(graphdef, declared, mesh, config.train, config.model.remat, steps)
+    trainer = build_trainer(config, job.model_dir, mesh, steps)
     job.out_dir.mkdir(parents=True, exist_ok=True)
     run = _Stage(config, job, trainer, train, test, steps, console)
-    for file, what in ((train, "train"), (test, "held-out")):
-        run.warn(file.warning(what))
+    for message in warnings:
+        run.warn(message)
     with Checkpointer(job.out_dir / "checkpoints", config.checkpoint.keep) as checkpointer:
         state = run.start(checkpointer)
         with StageTimer() as timer:
@@ -104,11 +112,12 @@ class _Stage:
         self.console = console
         self.warnings: list[str] = []
 
-    def warn(self, message: str | None) -> None:
+    def warn(self, message: str) -> None:
         """Shows a warning, and keeps it for the stage's summary."""
-        if message is not None:
-            self.warnings.append(message)
-            self.console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        self.warnings.append(message)
+        self.console.print(
+            f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
 
     def start(self, checkpointer: Checkpointer) -> TrainState:
         """The state to go on from: the newest checkpoint, or the starting policy. Sets `ref`."""
@@ -117,8 +126,7 @@ class _Stage:
         ref, params = read_ref_logps(path, every), None
         if ref is None:
             params = self._open(job.reference_dir)
-            scores = self._score(params, every, "reference log-probs")
-            ref = RefLogps(scores.logps, scores.last_logps)
+            ref = self._reference(params)
             write_ref_logps(path, every, ref)
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
@@ -134,7 +142,7 @@ class _Stage:
     def fit(self, state: TrainState, checkpointer: Checkpointer, timer: StageTimer) -> TrainState:
         """All updates that are left, with their metrics, guards, evaluations and checkpoints."""
         config, tracking, first = self.config, self.config.tracking, int(state.step)
-        loader = self._train_loader()
+        loader = build_loader(config, self.train, self.ref)
         meta = {"train": dataclasses.asdict(config.train), "pairs": len(self.train), "epochs": self.job.epochs}
         with (
             MetricsWriter(
@@ -143,6 +151,7 @@ class _Stage:
             stage_progress("DPO", self.steps - first, "updates", console=self.console) as bar,
         ):
             watch = RewardWatch(config.train, self.steps, read_metrics(self.job.out_dir) if first else ())
+            self.warnings += watch.earlier
             for state, step, metrics, tokens in self.trainer.fit(state, loader, self.steps):  # noqa: B020
                 numbers = host_metrics(metrics)
                 timer.count_tokens(tokens)
@@ -172,23 +181,21 @@ class _Stage:
         train = self.config.train
         if step == 1 and self.job.reference_dir == self.job.model_dir:
             check_first_loss(numbers, train)
-        check_params_changed(step, numbers, train)
+        for message in check_params_changed(step, numbers, train):
+            self.console.print(message, highlight=False, soft_wrap=True)
+        del numbers["params_changed"]
         for message in watch.update(step, numbers):
             self.warn(message)
 
-    def _train_loader(self) -> PairLoader:
-        t, data = self.config.train, self.config.data
-        return PairLoader(
-            self.train,
-            self.ref.logps[: len(self.train)],
-            t.batch_size,
-            t.accumulation_steps,
-            data.max_length,
-            t.seed,
-            build_rules(data).truncation.group_cut,
-            t.group_size,
-            self.ref.last_logps[: len(self.train)],
-        )
+    def _reference(self, params: Any) -> RefLogps:
+        """Of the pairs to train on, in the batches of the first epoch, then of the held-out ones."""
+        loader = build_loader(self.config, self.train)
+        with stage_progress("reference log-probs", len(self.train), "pairs", console=self.console) as bar:
+            train = self.trainer.score_pairs(params, loader, bar.advance, as_trained=True)
+        if not self.test:
+            return RefLogps(train.logps, train.last_logps)
+        test = self._score(params, self.test, "reference log-probs of held-out pairs")
+        return RefLogps(np.concatenate([train.logps, test.logps]), np.concatenate([train.last_logps, test.last_logps]))
 
     def _score(self, params: Any, pairs: list[TokenizedPair], what: str) -> PairScores:
         """Scores of pairs, in batches for passes without gradient; each is one micro-batch."""
@@ -204,6 +211,30 @@ class _Stage:
         return open_policy(
             model_dir, self.trainer.mesh, c.model.compute_dtype, c.train.master_dtype, self.console
         ).params
+
+
+def build_trainer(config: RunConfig, model_dir: Path, mesh: Mesh, steps: int) -> Trainer:
+    """The trainer of a stage of `steps` updates that starts from `model_dir`, as the config wants it."""
+    architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(model_dir))
+    graphdef, declared = declare_qwen(architecture, jnp.dtype(config.model.compute_dtype))
+    return Trainer(graphdef, declared, mesh, config.train, config.model.remat, steps)
+
+
+def build_loader(config: RunConfig, pairs: list[TokenizedPair], ref: RefLogps | None = None) -> PairLoader:
+    """The loader of the pairs to train on. `ref` may go on after the pairs; None: zeros, for the reference pass."""
+    t, count = config.train, len(pairs)
+    zeros = np.zeros((count, 2))
+    return PairLoader(
+        pairs,
+        zeros if ref is None else ref.logps[:count],
+        t.batch_size,
+        t.accumulation_steps,
+        config.data.max_length,
+        t.seed,
+        group_cut=build_rules(config.data).truncation.group_cut,
+        group_size=t.group_size,
+        ref_last_logps=zeros if ref is None else ref.last_logps[:count],
+    )
 
 
 def is_due(every: int | str | None, step: int, steps_per_epoch: int) -> bool:
