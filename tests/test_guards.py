@@ -25,10 +25,21 @@ def config(**changes: Any) -> TrainConfig:
 def test_the_first_loss_must_be_ln_2() -> None:
     cfg = config(rpo_alpha=0.5)
     for off in (0.0, 9e-4, -9e-4):
-        check_first_loss({"loss": math.log(2) + 0.5 * 3.0 + off, "nll_loss": 3.0}, cfg)
+        check_first_loss(
+            {"loss": math.log(2) + 0.5 * 3.0 + off, "nll_loss": 3.0, "logps/chosen": -200.0, "logps/rejected": -100.0},
+            cfg,
+        )
     for off in (1.1e-3, -1.1e-3, math.nan):
         with pytest.raises(StageError, match=r"not ln 2 = 0\.693147.*ref_logps"):
-            check_first_loss({"loss": math.log(2) + 0.5 * 3.0 + off, "nll_loss": 3.0}, cfg)
+            check_first_loss(
+                {
+                    "loss": math.log(2) + 0.5 * 3.0 + off,
+                    "nll_loss": 3.0,
+                    "logps/chosen": -200.0,
+                    "logps/rejected": -100.0,
+                },
+                cfg,
+            )
 
 
 def changed(share: float, learning_rate: float = 1.4e-8) -> dict[str, float]:

@@ -164,6 +164,25 @@ def test_bfloat16_compute_keeps_float32_weights_that_move(model_dir: Path) -> No
         assert (np.asarray(a) != b).mean() > 0.5
 
 
+def test_the_first_loss_is_ln_2_in_bfloat16(model_dir: Path) -> None:
+    """As near as its roundings allow: the reference pass and the step are two programs; a wrong reference is seen."""
+    pairs = random_pairs(6, seed=2) + random_pairs(6, seed=3, longest=180)
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    trainer = Trainer(*declare_qwen(load_qwen_config(model_dir), jnp.bfloat16), mesh, config, "layer", 10)
+    params = load_params(model_dir, mesh)
+    loader = PairLoader(pairs, np.zeros((len(pairs), 2)), 4, 1, max_length=512, seed=3)
+    ref = trainer.score_pairs(params, loader, as_trained=True).logps
+    loader = dataclasses.replace(loader, ref_logps=ref)
+    state = trainer.init_state(params)
+    state, metrics = trainer.step(state, loader.shuffled(0))
+    check_first_loss(host_metrics(metrics), config, "bfloat16")
+    for wrong in (np.zeros_like(ref), np.roll(ref, 1, axis=0)):
+        state, metrics = trainer.step(state, dataclasses.replace(loader, ref_logps=wrong).shuffled(0))
+        with pytest.raises(StageError, match=r"not ln 2 = 0.693147 within .*bfloat16"):
+            check_first_loss(host_metrics(metrics), config, "bfloat16")
+
+
 @pytest.mark.mesh
 def test_bfloat16_masters_move_and_do_not_depend_on_the_mesh(model_dir: Path) -> None:
     """Stochastic rounding: at a learning rate that rounding to nearest would swallow, and alike on every mesh."""

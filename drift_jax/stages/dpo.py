@@ -180,7 +180,7 @@ class _Stage:
     def _guard(self, step: int, numbers: dict[str, float], watch: RewardWatch) -> None:
         train = self.config.train
         if step == 1 and self.job.reference_dir == self.job.model_dir:
-            check_first_loss(numbers, train)
+            check_first_loss(numbers, train, self.config.model.compute_dtype)
         for message in check_params_changed(step, numbers, train):
             self.console.print(message, highlight=False, soft_wrap=True)
         del numbers["params_changed"]
