@@ -47,7 +47,7 @@ class File:
 FILES = {
     "../shared/data/dsat_real.jsonl": File(401, {"tiny": 0, "demo": 3}),
     "data/sample/dsat.jsonl": File(64, {"tiny": 0, "demo": 0}),
-    "data/sample/compare.jsonl": File(138, {"tiny": 0, "demo": 3}),
+    "data/sample/compare.jsonl": File(69, {"tiny": 0, "demo": 0}),
     "data/sample/seed.train.jsonl": File(24, {"tiny": 0, "demo": 0}),
     "data/sample/seed.test.jsonl": File(8, {"tiny": 0, "demo": 0}),
 }
