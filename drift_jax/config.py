@@ -42,7 +42,8 @@ class ModelConfig:
     path: str  # a Hugging Face model directory, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct
     revision: str | None = None  # branch, tag or commit when `path` is a hub id
     compute_dtype: DType = "bfloat16"  # activations and matmuls
-    remat: Literal["none", "dots", "layer"] = "layer"  # what the backward pass computes again
+    remat: Literal["none", "dots", "layer", "offload"] = "layer"  # what the backward pass computes again
+    attention: Literal["auto", "xla", "splash", "triton"] = "auto"  # the back end; auto: by device, see `drift doctor`
     pad_embedding: Literal["trained", "frozen"] = "trained"  # see `drift presets`; the preset gives the default
 
 
@@ -115,7 +116,8 @@ class TrainConfig:
     epochs: PositiveFloat = 1
     max_steps: PositiveInt | None = None  # stop after this many updates; null: by `epochs`
     batch_size: PositiveInt = 32  # pairs per update, over all devices and accumulation steps
-    accumulation_steps: PositiveInt = 1  # micro-batches that make one update
+    accumulation_steps: PositiveInt = 1  # micro-batches that would make an update if all its pairs were the longest
+    tokens_per_device: PositiveInt | None = None  # budget of a packed micro-batch; null: by accumulation_steps
     eval_batch_size: PositiveInt | None = None  # held-out pairs per forward; null: the micro-batch
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     learning_rate: PositiveFloat = 5e-7
@@ -130,6 +132,8 @@ class TrainConfig:
     rmsprop_decay: DecayRate = 0.99
     rmsprop_epsilon: PositiveFloat = 1e-8
     master_dtype: DType = "float32"  # of the weights; bfloat16: updates are rounded stochastically
+    gradient_dtype: DType = "float32"  # in which gradients are summed and kept; bfloat16: half of their memory
+    moment_dtype: DType = "float32"  # of the optimizer's moments; bfloat16: rounded stochastically
     eval_every: PositiveInt | Literal["epoch"] | None = None  # updates between evaluations; null: after the last only
     seed: int = 42  # order of the pairs, and of stochastic rounding
 

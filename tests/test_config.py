@@ -31,7 +31,7 @@ PACKAGE = Path(drift_jax.__file__).parent
 # The contract with users. A change here needs a line in CHANGELOG.md, and a reason.
 KEYS = """
 run_dir
-model.path model.revision model.compute_dtype model.remat model.pad_embedding
+model.path model.revision model.compute_dtype model.remat model.attention model.pad_embedding
 preset
 data.dsat data.seed_train data.seed_test data.test_rows data.max_rows data.max_length data.max_prompt_length
 data.template data.eos data.truncation data.on_bad_row
@@ -40,15 +40,15 @@ sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_
 sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.compute_dtype sampling.seed
 train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_tokens train.group_size
 train.epochs train.max_steps train.batch_size
-train.accumulation_steps train.eval_batch_size train.optimizer train.learning_rate train.schedule
+train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate train.schedule
 train.warmup_ratio train.warmup_steps train.max_grad_norm train.weight_decay
 train.adam_beta1 train.adam_beta2 train.adam_epsilon
-train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.eval_every train.seed
+train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype train.eval_every train.seed
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every_steps checkpoint.keep
 export.dtype export.max_shard_gib
 tracking.log_every tracking.trackers tracking.project
-""".split()  # noqa: SIM905 - a list of 67 lines would hide the sections
+""".split()  # noqa: SIM905 - a list of 71 lines would hide the sections
 
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "model": {"path": "somewhere"}}
 
