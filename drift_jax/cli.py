@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 from rich.console import Console
 
-from drift_jax.config import RunConfig, apply_override, load_config
+from drift_jax.config import RunConfig, load_config
 from drift_jax.errors import ConfigError, DriftError
 
 if TYPE_CHECKING:
@@ -111,17 +110,15 @@ def run(
 
 def _handbook_run(path: Path, config: Path | None, changes: list[str]) -> RunConfig:
     """A run by the hyper-parameters of a handbook file; records and pairs come from CONFIG, or pairs from the file."""
-    from drift_jax.config import build_config, merge_configs
     from drift_jax.data.mixer import load_mixture
     from drift_jax.handbook import translate_handbook
 
     base = _base_of_handbook(config) if config is not None else {}
-    devices = _devices_with_pairs(merge_configs(base, translate_handbook(path, 1).config), changes)
-    translation = translate_handbook(path, devices)
+    translation = translate_handbook(path, _devices_with_pairs(base, changes))
     if config is not None:
         translation = translation.without_pairs(str(config))
         _print_translation(translation, _console())
-        return build_config(_changed(merge_configs(base, translation.config), changes), source=f"{config} with {path}")
+        return translation.over(base, source=f"{config} with {path}").build(changes)
     resolved = translation.build(changes)
     if resolved.data.seed_train is not None:
         translation = translation.without_pairs(resolved.data.seed_train)
@@ -151,20 +148,14 @@ def _base_of_handbook(config: Path) -> dict[str, Any]:
     return base
 
 
-def _changed(raw: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    raw = copy.deepcopy(raw)
-    for change in changes:
-        apply_override(raw, change)
-    return raw
-
-
-def _devices_with_pairs(raw: dict[str, Any], changes: list[str]) -> int:
-    """Devices that hold pairs of their own; a handbook file's batch is that of one of them."""
+def _devices_with_pairs(base: dict[str, Any], changes: list[str]) -> int:
+    """Devices that hold pairs of their own; a handbook file's batch is that of one of them, and it sets no mesh."""
     from drift_jax.config import build_config
+    from drift_jax.handbook import with_overrides
     from drift_jax.sharding import build_mesh
 
     # The mesh alone: whether the rest fits together cannot be said before the batch is known.
-    values = {"run_dir": "none", "model": {"path": "none"}, "mesh": _changed(raw, changes).get("mesh", {})}
+    values = {"run_dir": "none", "model": {"path": "none"}, "mesh": with_overrides(base, changes).get("mesh", {})}
     shape = build_mesh(build_config(values).mesh).shape
     return shape["data"] * shape["fsdp"]
 
@@ -233,7 +224,7 @@ def train(
 
     changes, console = _changes(overrides, on_bad_row), _console()
     if is_handbook_file(config):
-        translation = translate_handbook(config, _devices_with_pairs(translate_handbook(config, 1).config, changes))
+        translation = translate_handbook(config, _devices_with_pairs({}, changes))
         _print_translation(translation.without_pairs(str(pairs)) if pairs else translation, console)
         resolved = translation.build(changes)
         model, out = model or resolved.model.path, out or Path(resolved.run_dir)
@@ -309,9 +300,7 @@ def translate(
     from drift_jax.records import atomic_writer
 
     changes = _changes(overrides, None)
-    if devices is None:
-        devices = _devices_with_pairs(translate_handbook(file, 1).config, changes)
-    translation = translate_handbook(file, devices)
+    translation = translate_handbook(file, devices or _devices_with_pairs({}, changes))
     _print_translation(translation, _console(stderr=True))
     text = config_to_yaml(translation.build(changes))
     if out is None:

@@ -95,7 +95,20 @@ def _check_devices() -> list[Check]:
             limit, used = stats["bytes_limit"] / 2**30, stats.get("bytes_in_use", 0) / 2**30
             detail = f"{limit - used:.1f} of {limit:.1f} GiB free for jax"
             checks.append(Check(f"device {device.id} memory", "ok", detail))
-    return checks
+    return [*checks, _check_attention(first.platform)]
+
+
+def _check_attention(platform: str) -> Check:
+    """The attention back end that `attention: auto` means here, and what the others lack."""
+    from drift_jax.models.attention import BACKENDS, resolve_attention
+
+    chosen = resolve_attention("auto", platform).name
+    missing = [
+        f"{backend.name} needs a {backend.needs.upper()}"
+        for backend in BACKENDS.values()
+        if backend.needs not in (None, platform)
+    ]
+    return Check("attention", "ok", "; ".join([f"auto is {chosen} on {platform}", *missing]))
 
 
 def _read_memory_stats(device: Any) -> dict[str, int]:

@@ -1,14 +1,13 @@
-"""Preference maths: from per-token log-probabilities to the DPO loss, its NLL term and TRL's metrics.
+"""Preference maths: from log-probabilities of completions to the DPO loss, its NLL term and TRL's metrics.
 
-Pure functions of arrays; no model, no I/O. Axis `2` is the pair side: 0 chosen, 1 rejected. `T` are predicted
-positions, already shifted: `token_logps[b, s, t]` is the log-probability of the token at `mask[b, s, t]`.
-Log-probabilities are natural logarithms (nats), summed in float32 or wider.
+Pure functions of arrays; no model, no I/O. Axis `2` is the pair side: 0 chosen, 1 rejected. B are the pairs of one
+update. Log-probabilities are natural logarithms (nats), summed in float32 or wider.
 
-How accumulation stays exact: no function here averages over the batch it is given. `count_weights` gives
-every pair and every chosen token of the *global* batch a weight, `normalise_weights` turns the weights into
-shares that sum to 1, and a micro-batch contributes the plain sum over its slice of the shares. Sums of
-micro-batches are then the loss, the gradient and the metrics of the whole batch, however it was cut. A
-padding pair has weight 0.
+How accumulation stays exact, and packing invisible: no function here averages over the pairs it is given.
+`count_weights` gives every pair, and every chosen token of it, of the *global* batch a weight, `normalise_weights`
+turns the weights into shares that sum to 1, and a micro-batch contributes the plain sum over its pairs' shares. Sums of
+micro-batches are then the loss, the gradient and the metrics of the whole batch, however it was cut. A padding pair has
+weight 0.
 
 Where this departs from the DRIFT training stack (arXiv 2510.02341; TRL 0.10 to 0.12) and from later TRL:
  1. The NLL is by default the mean over the chosen tokens of the global batch. TRL averages inside one
@@ -37,50 +36,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-PairMask = Bool[Array, "B 2 T"] | Float[Array, "B 2 T"]  # nonzero: a completion token
-TokenMask = Bool[Array, "B T"] | Float[Array, "B T"]  # nonzero: a chosen token that the NLL counts
-
 
 class LossWeights(NamedTuple):
-    """What each pair and each chosen token counts for. As shares, both sum to 1 over the global batch."""
+    """What each pair counts for, and each chosen token of it. As shares, both sum to 1 over the global batch."""
 
     pairs: Float[Array, " B"]
-    nll: Float[Array, "B T"]
+    nll: Float[Array, " B"]  # of each of the pair's chosen tokens
 
 
-class LossTotals(NamedTuple):
-    """Sums of `LossWeights`; totals of several batches add up."""
-
-    pairs: Float[Array, ""]
-    nll: Float[Array, ""]
+# (chosen tokens per pair, weight of each pair) -> weight of each chosen token of a pair
+NllReduction = Callable[[Float[Array, " B"], Float[Array, " B"]], Float[Array, " B"]]
 
 
-def global_token_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"]) -> Float[Array, "B T"]:
+def global_token_mean(tokens: Float[Array, " B"], pair_weights: Float[Array, " B"]) -> Float[Array, " B"]:
     """Every chosen token of the global batch counts the same."""
-    return jnp.where(nll_mask.astype(bool), pair_weights[:, None], 0.0)
+    return jnp.where(tokens > 0, pair_weights, 0.0)
 
 
-def sequence_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"]) -> Float[Array, "B T"]:
+def sequence_mean(tokens: Float[Array, " B"], pair_weights: Float[Array, " B"]) -> Float[Array, " B"]:
     """The mean over a chosen response's tokens, then over the responses that have any (as in OpenRLHF)."""
-    counted = nll_mask.astype(bool)
-    tokens = jnp.sum(counted, axis=1, keepdims=True)
-    return jnp.where(counted, pair_weights[:, None] / jnp.maximum(tokens, 1), 0.0)
+    return _divide(pair_weights, tokens)
 
 
-def group_token_mean(nll_mask: TokenMask, pair_weights: Float[Array, " B"], group: int = 4) -> Float[Array, "B T"]:
+def group_token_mean(
+    tokens: Float[Array, " B"], pair_weights: Float[Array, " B"], group: int = 4
+) -> Float[Array, " B"]:
     """The token mean over `group` consecutive pairs, then the mean over the groups that have any token.
 
     This is TRL's mean of means: `group` is the number of pairs in one device's micro-batch, 4 in DRIFT.
     """
-    tokens = global_token_mean(nll_mask, pair_weights)
     groups = jnp.arange(tokens.shape[0]) // group
     same_group = groups[:, None] == groups[None, :]
     # Masked sum: a scatter leaves the sharding open, a matmul rounds counts to bfloat16 on TPU.
-    in_group = jnp.sum(jnp.where(same_group, jnp.sum(tokens, axis=1)[None, :], 0.0), axis=1, keepdims=True)
-    return _divide(tokens, in_group)
+    in_group = jnp.sum(jnp.where(same_group, (tokens * pair_weights)[None, :], 0.0), axis=1)
+    return _divide(jnp.where(tokens > 0, pair_weights, 0.0), in_group)
 
-
-NllReduction = Callable[[TokenMask, Float[Array, " B"]], Float[Array, "B T"]]
 
 # By name; each is made for the pairs of a group, which only `group_token_mean` looks at.
 NLL_REDUCTIONS: dict[str, Callable[[int], NllReduction]] = {
@@ -90,53 +80,45 @@ NLL_REDUCTIONS: dict[str, Callable[[int], NllReduction]] = {
 }
 
 # Which chosen tokens, by their ids, the NLL looks at; rule 3 above.
-NLL_TOKENS: dict[str, Callable[[Int[Array, "B T"]], Bool[Array, "B T"]]] = {
+NLL_TOKENS: dict[str, Callable[[Int[Array, "*dims"]], Bool[Array, "*dims"]]] = {
     "all": lambda ids: jnp.ones_like(ids, bool),
     "nonzero": lambda ids: ids != 0,
 }
 
 
 def count_weights(
-    nll_mask: TokenMask,
-    pair_weights: Float[Array, " B"],
-    nll_reduction: NllReduction = global_token_mean,
+    tokens: Float[Array, " B"], pair_weights: Float[Array, " B"], nll_reduction: NllReduction = global_token_mean
 ) -> LossWeights:
-    """Weights of the pairs and of the chosen tokens of one global batch, not yet divided by their totals.
+    """Weights of the pairs and of their chosen tokens in one global batch, not yet divided by their totals.
 
     Args:
-      nll_mask: the chosen side's mask; narrower than `mask[:, 0]` where the NLL should skip tokens.
+      tokens: how many chosen tokens of each pair the NLL counts.
       pair_weights: 1 for a pair, 0 for padding.
       nll_reduction: how token losses become one number; sees whole groups only if given the global batch.
     """
-    pair_weights = _at_least_float32(pair_weights)
-    return LossWeights(pairs=pair_weights, nll=nll_reduction(nll_mask, pair_weights))
+    pair_weights, tokens = _at_least_float32(pair_weights), _at_least_float32(tokens)
+    return LossWeights(pairs=pair_weights, nll=nll_reduction(tokens, pair_weights))
 
 
-def sum_weights(weights: LossWeights) -> LossTotals:
-    """The totals of one batch. An evaluation adds those of all its batches before it normalises."""
-    return LossTotals(pairs=jnp.sum(weights.pairs), nll=jnp.sum(weights.nll))
+def normalise_weights(weights: LossWeights, tokens: Float[Array, " B"]) -> LossWeights:
+    """Weights -> shares, which sum to 1 over the pairs, and over their chosen tokens. A total of 0 gives 0, not NaN."""
+    totals = jnp.sum(weights.pairs), jnp.sum(weights.nll * tokens)
+    return LossWeights(*(_divide(weight, total) for weight, total in zip(weights, totals, strict=True)))
 
 
-def normalise_weights(weights: LossWeights, totals: LossTotals | None = None) -> LossWeights:
-    """Weights -> shares of `totals` (by default their own sum). A total of 0 gives shares of 0, not NaN."""
-    totals = sum_weights(weights) if totals is None else totals
-    return LossWeights(pairs=_divide(weights.pairs, totals.pairs), nll=_divide(weights.nll, totals.nll))
+def sum_by_completion(
+    token_logps: Float[Array, "R C"], owners: Int[Array, "R C"], counted: Bool[Array, "R C"], pairs: int
+) -> Float[Array, "B 2"]:
+    """Sums of the counted tokens of each completion, in nats: its log-probability when all are counted.
 
-
-def sum_logps(token_logps: Float[Array, "B 2 T"], mask: PairMask) -> Float[Array, "B 2"]:
-    """Log-probability of each completion, in nats: the sum over its tokens."""
-    return jnp.sum(_masked(token_logps, mask), axis=-1)
-
-
-def chosen_nll_sum(token_logps: Float[Array, "B 2 T"], mask: PairMask) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Per pair: the chosen response's negative log-likelihood in nats, and its number of tokens."""
-    nll = -jnp.sum(_masked(token_logps[:, 0], mask[:, 0]), axis=-1)
-    return nll, jnp.sum(mask[:, 0].astype(bool), axis=-1).astype(nll.dtype)
-
-
-def weighted_nll(token_logps: Float[Array, "B 2 T"], nll_weights: Float[Array, "B T"]) -> Float[Array, ""]:
-    """This batch's part of the NLL: the weighted sum over the chosen tokens, in nats."""
-    return -jnp.sum(nll_weights * _masked(token_logps[:, 0], nll_weights))
+    Args:
+      owners: 2 * pair + side of each token; below 0 there is none, whatever its value is, NaN included.
+      pairs: B.
+    """
+    # Masked sums instead of a scatter: they stay local to the devices that hold the rows, then add up.
+    mine = (owners[..., None] == jnp.arange(2 * pairs)) & counted[..., None]
+    values = jnp.where(owners >= 0, _at_least_float32(token_logps), 0.0)
+    return jnp.sum(jnp.where(mine, values[..., None], 0.0), axis=(0, 1)).reshape(pairs, 2)
 
 
 def implicit_rewards(logps: Float[Array, "B 2"], ref_logps: Float[Array, "B 2"], beta: float) -> Float[Array, "B 2"]:
@@ -159,8 +141,8 @@ def dpo_losses(
 
 
 def preference_loss(
-    token_logps: Float[Array, "B 2 T"],
-    mask: PairMask,
+    logps: Float[Array, "B 2"],
+    nll: Float[Array, " B"],
     ref_logps: Float[Array, "B 2"],
     shares: LossWeights,
     *,
@@ -170,9 +152,11 @@ def preference_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This batch's part of the loss `DPO + rpo_alpha * NLL`, and of each metric under TRL's name.
 
-    Both add up over micro-batches when `shares` are slices of the normalised weights of the global batch.
+    Both add up over micro-batches when `shares` are those of the global batch, 0 for pairs of other micro-batches.
 
     Args:
+      logps: summed over each completion, in nats.
+      nll: of each chosen response, summed over the tokens that the NLL counts, in nats.
       shares: from `normalise_weights`. A pair of share 0 is padding: whatever its other values are, NaN
         included, it changes neither the loss nor a gradient.
 
@@ -180,13 +164,12 @@ def preference_loss(
       The loss, in nats, and the metrics: `loss` (with the NLL term), `rewards/*`, `logps/*`, `nll_loss`.
     """
     # Padding is replaced before anything is computed: 0 * NaN is NaN, in the value and in the gradient.
-    real = (shares.pairs > 0)[:, None]
-    logps = sum_logps(token_logps, real[:, :, None] & mask.astype(bool))
-    ref_logps = jnp.where(real, ref_logps, 0.0)
+    real = shares.pairs > 0
+    logps, ref_logps = (jnp.where(real[:, None], values, 0.0) for values in (logps, ref_logps))
     dpo = jnp.sum(shares.pairs * dpo_losses(logps, ref_logps, beta, label_smoothing))
-    nll = weighted_nll(token_logps, shares.nll)
-    loss = dpo + rpo_alpha * nll
-    metrics = {"loss": loss, "nll_loss": nll} | preference_metrics(logps, ref_logps, shares.pairs, beta)
+    nll_loss = jnp.sum(shares.nll * jnp.where(real, nll, 0.0))
+    loss = dpo + rpo_alpha * nll_loss
+    metrics = {"loss": loss, "nll_loss": nll_loss} | preference_metrics(logps, ref_logps, shares.pairs, beta)
     return loss, metrics
 
 
@@ -205,11 +188,6 @@ def preference_metrics(
         "logps/rejected": logps[:, 1],
     }
     return {name: jnp.sum(pair_shares * value) for name, value in per_pair.items()}
-
-
-def _masked(token_logps: Float[Array, "*dims"], mask: Array) -> Float[Array, "*dims"]:
-    """Values where the mask is nonzero, else 0: a masked -inf or NaN must not survive as `0 * NaN`."""
-    return jnp.where(mask.astype(bool), _at_least_float32(token_logps), 0.0)
 
 
 def _at_least_float32(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:

@@ -1,7 +1,8 @@
 """Optimizers, learning-rate schedules and clipping that compute what torch and transformers compute.
 
-One update is `clip_by_global_norm`, then the transformation of `build_optimizer`, then `optax.apply_updates`.
-Clipping stands apart so that the norm is computed once and logged as `grad_norm`.
+One update is `apply_gradients`: `clip_by_global_norm`, then the transformation of `build_optimizer`, then
+`optax.apply_updates`. Gradients may be bfloat16; everything is computed in float32 and fused, so that no wider copy
+of them is ever kept. Clipping stands apart so that the norm is computed once and logged as `grad_norm`.
 
 Where optax is not torch, and what is done here:
  1. `optax.rmsprop` has decay 0.9 and adds epsilon inside the square root; torch 0.99, outside. After
@@ -26,11 +27,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Float32, PyTree
+from jaxtyping import Array, Float, Float32, Int32, PyTree
 
+from drift_jax.changes import changed_at_peak
 from drift_jax.config import TrainConfig
 from drift_jax.errors import ConfigError, DataError
-from drift_jax.rounding import stochastic_rounding
+from drift_jax.rounding import stochastic_moments, stochastic_rounding
 
 Params = PyTree  # of arrays, or of anything with a shape and a dtype
 Mask = PyTree | Callable[[Params], PyTree]  # of bools
@@ -87,8 +89,9 @@ def build_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
 def build_optimizer(config: TrainConfig, total_steps: int, mask: Mask | None = None) -> optax.GradientTransformation:
     """Clipped gradients -> updates for `optax.apply_updates`, step for step what torch's optimizer does.
 
-    Moments are float32. The parameters must have `config.master_dtype`; bfloat16 ones are rounded stochastically
-    (`rounding.py`) by `config.seed`, and the updates are float32 all the same.
+    The parameters must have `config.master_dtype`, and moments are kept in `config.moment_dtype`; bfloat16 ones are
+    rounded stochastically (`rounding.py`) by `config.seed`. Gradients may be bfloat16. The updates are float32 in any
+    case.
 
     Args:
       mask: the parameters that decay, as a pytree of bools or a function of the parameters; by default
@@ -102,13 +105,62 @@ def build_optimizer(config: TrainConfig, total_steps: int, mask: Mask | None = N
         *_OPTIMIZERS[config.optimizer].build(config, decay_mask if mask is None else mask),
         optax.scale_by_learning_rate(build_schedule(config, total_steps)),
     )
-    optimizer = master.wrap(optimizer, config.seed)
+    optimizer = master.wrap(_MOMENTS[config.moment_dtype](optimizer, config.seed), config.seed)
 
     def init(params: Params) -> optax.OptState:
         master.check(params)
         return optimizer.init(params)
 
-    return optax.GradientTransformation(init, optimizer.update)
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        return optimizer.update(jax.tree.map(_widen, updates), state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Update(NamedTuple):
+    """What `apply_gradients` leaves behind."""
+
+    params: Params
+    opt_state: optax.OptState
+    grad_norm: Float[Any, ""]  # before clipping
+    params_changed: Float32[Any, ""]  # `changed_at_peak` of update `first_moving_update`, 0 at all others
+
+
+def apply_gradients(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    opt_state: optax.OptState,
+    grads: Params,
+    learning_rate: Float[Array, ""],
+    step: Int32[Array, ""],
+) -> Update:
+    """One update of the weights by unclipped gradients.
+
+    Args:
+      learning_rate: that of this update, for `params_changed`; the optimizer knows its own.
+      step: updates done before this one.
+    """
+    norm = global_norm(grads)
+
+    def updates(norm: Float[Array, ""]) -> tuple[Params, optax.OptState]:
+        return optimizer.update(_clip(grads, norm, config.max_grad_norm), opt_state, params)
+
+    def count() -> Float32[Array, ""]:
+        # From the start: updates and clipped gradients from outside would be arrays, which are fused away otherwise.
+        return changed_at_peak(config, params, updates(norm)[0], grads, learning_rate)
+
+    changed = jax.lax.cond(step == first_moving_update(config), count, lambda: jnp.zeros((), jnp.float32))
+    # Always `norm`. Without a need for `changed` the compiler may count after it has overwritten weights and moments,
+    # for which it copies them at every update.
+    after = jnp.where(changed < 0, jnp.nan, norm)
+    moved, opt_state = updates(after)
+    return Update(optax.apply_updates(params, moved), opt_state, norm, changed)
+
+
+def first_moving_update(config: TrainConfig) -> int:
+    """Index (from 0) of the first update whose learning rate is above 0."""
+    return 1 if config.warmup_steps is not None or config.warmup_ratio > 0 else 0
 
 
 def decay_mask(params: Params) -> PyTree:
@@ -123,7 +175,7 @@ def decay_mask(params: Params) -> PyTree:
 
 def global_norm(grads: Params) -> Float[Array, ""]:
     """Euclidean norm over all leaves, accumulated in float32 or wider."""
-    squares = [jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32)))) for g in jax.tree.leaves(grads)]
+    squares = [jnp.sum(jnp.square(_widen(g))) for g in jax.tree.leaves(grads)]
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
@@ -131,39 +183,21 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Float[A
     """Scales the gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
 
     Returns:
-      The scaled gradients and their norm before scaling. If the norm is not finite the gradients hold NaN, as
-      in torch: the caller must look at the norm.
+      The scaled gradients, float32 also where they were bfloat16, and their norm before scaling. If the norm is not
+      finite the gradients hold NaN, as in torch: the caller must look at the norm.
     """
     norm = global_norm(grads)
+    return _clip(grads, norm, max_norm), norm
+
+
+def _clip(grads: Params, norm: Float[Array, ""], max_norm: float) -> Params:
     coefficient = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-    return jax.tree.map(lambda g: g * coefficient, grads), norm
+    return jax.tree.map(lambda g: _widen(g) * coefficient, grads)
 
 
-def changed_share(old_params: Params, new_params: Params, grads: Params) -> Float32[Array, ""]:
-    """Of the parameters whose gradient is not 0, the share (0 to 1) that an update changed.
-
-    Each count is exact within an array of up to 2**31 - 1 elements; beyond that and over the arrays it adds up in
-    float32, which for n such parts is within n * 6e-8 relative. With no gradient but 0 the share is 1: no parameter
-    that should have moved stayed. A gradient of NaN counts, and so does a parameter that becomes NaN.
-    """
-    flags = jax.tree.map(lambda old, new, g: ((g != 0) & (new != old), g != 0), old_params, new_params, grads)
-    pairs = jax.tree.leaves(flags, is_leaf=lambda node: isinstance(node, tuple))
-    changed, counted = (sum((_count(pair[i]) for pair in pairs), start=jnp.zeros((), jnp.float32)) for i in (0, 1))
-    return jnp.where(counted > 0, changed / jnp.maximum(counted, 1.0), 1.0)
-
-
-def changed_at_peak(
-    config: TrainConfig, params: Params, updates: Params, grads: Params, learning_rate: Float[Array, ""]
-) -> Float32[Array, ""]:
-    """`changed_share` of an update as if its learning rate were the peak of the schedule.
-
-    It tells whether the weights can take what the run is going to give them, from the first update with a learning
-    rate above 0 on. That update's own share says less: a 35th of 5e-7 is below the float32 spacing of many weights,
-    which is no fault. At a learning rate of 0 the share is 0. Updates rounded stochastically count as they are.
-    """
-    scale = jnp.where(learning_rate > 0, config.learning_rate / jnp.where(learning_rate > 0, learning_rate, 1.0), 1.0)
-    full = optax.apply_updates(params, jax.tree.map(lambda update: update * scale, updates))
-    return changed_share(params, full, grads)
+def _widen(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """bfloat16 -> float32; float32 and float64 as they are."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def describe_optimizer(config: TrainConfig, total_steps: int) -> str:
@@ -178,8 +212,13 @@ def describe_optimizer(config: TrainConfig, total_steps: int) -> str:
     return (
         f"{config.optimizer}: {kind.describe(config)}; weight decay {decay}; gradients clipped to global "
         f"norm {config.max_grad_norm:g}; learning rate {config.learning_rate:g}, {warmup}, then {after}; "
-        f"{_MASTERS[config.master_dtype].description}."
+        f"{_in_words(config.master_dtype, 'weights')}, {_in_words(config.moment_dtype, 'moments')}, "
+        f"{config.gradient_dtype} gradients."
     )
+
+
+def _in_words(dtype: str, what: str) -> str:
+    return f"{dtype} {what}" + (" rounded stochastically" if dtype == "bfloat16" else "")
 
 
 def _linear(left: Float[Array, ""]) -> Float[Array, ""]:
@@ -275,7 +314,6 @@ def _check_rates(**rates: float) -> None:
 class _Master(NamedTuple):
     wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
     check: Callable[[Params], None]
-    description: str
 
 
 def _check_float32(params: Params) -> None:
@@ -305,19 +343,11 @@ def _leaves_where(params: Params, wrong: Callable[[Any], bool]) -> list[str]:
 
 
 _MASTERS: dict[str, _Master] = {
-    "float32": _Master(lambda optimizer, seed: optimizer, _check_float32, "float32 weights and moments"),
-    "bfloat16": _Master(
-        stochastic_rounding, _check_bfloat16, "bfloat16 weights rounded stochastically, float32 moments"
-    ),
+    "float32": _Master(lambda optimizer, seed: optimizer, _check_float32),
+    "bfloat16": _Master(stochastic_rounding, _check_bfloat16),
 }
 
-
-def _count(flags: Bool[Array, "*dims"]) -> Float32[Array, ""]:
-    """How many are True. float32 stops counting ones at 2**24 and int32 ends at 2**31, so each has its part."""
-    axes, size = [], 1
-    for axis in reversed(range(flags.ndim)):
-        size *= flags.shape[axis]
-        if size >= 2**31:
-            break
-        axes.append(axis)
-    return jnp.sum(jnp.sum(flags, axis=axes, dtype=jnp.int32).astype(jnp.float32))
+_MOMENTS: dict[str, Callable[[optax.GradientTransformation, int], optax.GradientTransformation]] = {
+    "float32": lambda optimizer, seed: optimizer,
+    "bfloat16": stochastic_moments,
+}

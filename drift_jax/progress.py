@@ -138,7 +138,7 @@ def stage_progress(
 
     Processes other than 0 of a multi-host run print nothing.
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     if jax.process_index() != 0:
         console = Console(quiet=True)
     if console.is_terminal:

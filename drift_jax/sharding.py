@@ -8,7 +8,7 @@ XLA's work (GSPMD): the code never sends anything itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -32,8 +32,10 @@ RULES: Rules = {
     "vocab": ("tensor",),
     "layers": (),
     "head_dim": (),
-    "pair": (),
     "length": (),
+    # Where the vocabulary is cut as finely as it goes, the devices that share it look at each other's rows.
+    "rows": ("data",),
+    "vocab_slice": ("tensor", "fsdp"),
 }
 
 # A tensor axis wider than the number of kv heads keeps every kv head on each device instead of failing: kv
@@ -124,6 +126,12 @@ def batch_ways(mesh: Mesh) -> int:
     return _split_ways(mesh, "batch")
 
 
+def split_ways(dim: str) -> int:
+    """Into how many parts the mesh in force splits a dim; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _split_ways(mesh, dim)
+
+
 def _split_ways(mesh: Mesh | AbstractMesh, dim: str | None) -> int:
     """Into how many parts the mesh splits a dim."""
     return 1 if dim is None else math.prod(mesh.shape[axis] for axis in RULES[dim])
@@ -142,6 +150,23 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
         if size % _split_ways(mesh, dim):
             spec[i] = None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def run_per_device(
+    function: Callable[..., jax.Array], args: Sequence[jax.Array], dims: Sequence[Dims], out_dims: Dims
+) -> jax.Array:
+    """`function` of each device's part of the arrays: for kernels, which XLA does not split by itself.
+
+    Without a mesh in force it is a plain call. A dim that some array cannot have split evenly is split in none.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*args)
+    sizes = [pair for arg, names in zip(args, dims, strict=True) for pair in zip(names, arg.shape, strict=True)]
+    uneven = {dim for dim, size in sizes if size % _split_ways(mesh, dim)}
+    specs = [to_spec(tuple(None if dim in uneven else dim for dim in names)) for names in (*dims, out_dims)]
+    # A kernel does not say over which axes its results vary, so that cannot be checked.
+    return jax.shard_map(function, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)(*args)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:

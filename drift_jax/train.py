@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from drift_jax.config import TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, count_tokens, put_batch
@@ -25,18 +25,19 @@ from drift_jax.losses import (
     NLL_REDUCTIONS,
     NLL_TOKENS,
     LossWeights,
-    chosen_nll_sum,
     count_weights,
     dpo_losses,
     normalise_weights,
     preference_loss,
     preference_metrics,
-    sum_logps,
+    sum_by_completion,
 )
+from drift_jax.models.attention import AttentionBackend, resolve_attention
+from drift_jax.models.intervals import KeyIntervals, KeySpans, place_tokens, to_intervals
 from drift_jax.models.logps import token_logps
 from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
-from drift_jax.optim import build_optimizer, build_schedule, changed_at_peak, clip_by_global_norm
+from drift_jax.optim import apply_gradients, build_optimizer, build_schedule
 from drift_jax.sharding import constrain, replicated
 
 Metrics = dict[str, Float[Array, ""]]
@@ -57,66 +58,111 @@ class StepSetup:
     graphdef: Any
     config: TrainConfig
     remat: str
+    attention: AttentionBackend
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
 
 
-def pair_token_logps(
-    setup: StepSetup, params: dict[str, Any], ids: Int[Array, "B 2 T"], mask: Bool[Array, "B 2 T"]
-) -> tuple[Float[Array, "B 2 T"], Bool[Array, "B 2 T"]]:
-    """log p(ids[..., t + 1] | ids[..., :t + 1]) at index t, and which of those t + 1 are completion tokens."""
-    pairs, _, length = ids.shape
-    rows = constrain(ids.reshape(2 * pairs, length), "batch", "length")
+class MicroBatch(NamedTuple):
+    """The rows of one micro-batch of a `PairBatch`."""
+
+    ids: Int[Array, "R T"]
+    positions: Int[Array, "R T"]
+    spans: KeySpans
+    sources: Int[Array, "R C"]
+    targets: Int[Array, "R C"]
+    owners: Int[Array, "R C"]
+
+
+def micro_batch(batch: PairBatch, index: Int[Array, ""]) -> MicroBatch:
+    """Micro-batch `index`, which may be traced."""
+    rows = MicroBatch(*(getattr(batch, name) for name in MicroBatch._fields))
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
+
+
+def arrange(backend: AttentionBackend, micro: MicroBatch) -> tuple[MicroBatch, KeySpans | KeyIntervals]:
+    """The rows as a back end wants them, and which keys each query then sees."""
+    if not backend.intervals:
+        return micro, micro.spans
+    places, seen = to_intervals(micro.spans)
+    ids, positions = (place_tokens(x, places) for x in (micro.ids, micro.positions))
+    return micro._replace(ids=ids, positions=positions, sources=jnp.take_along_axis(places, micro.sources, 1)), seen
+
+
+def completion_token_logps(
+    setup: StepSetup, params: dict[str, Any], micro: MicroBatch, grads: dict[str, Any] | None = None
+) -> Float[Array, "R C"]:
+    """Log-probability of each listed completion token, in nats.
+
+    Args:
+      grads: None, or gradients so far, to which those of `params` go (see models/stack.py).
+    """
+    rows, seen = arrange(setup.attention, micro)
     model = bind(setup.graphdef, params)
-    hidden = model.hidden(rows, jnp.broadcast_to(jnp.arange(length), rows.shape), setup.remat)
-    logps = token_logps(hidden, model.output_table, jnp.roll(rows, -1, axis=1))
-    # Rolled around, the first token lands last; it belongs to the prompt, so its mask is False.
-    return logps.reshape(pairs, 2, length), jnp.roll(mask, -1, axis=2)
+    ids, positions = (constrain(x, "batch", "length") for x in (rows.ids, rows.positions))
+    hidden = model.hidden(ids, positions, seen, attend=setup.attention.attend, remat=setup.remat, grads=grads)
+    listed = jnp.max(jnp.sum(micro.owners >= 0, axis=1))
+    return token_logps(hidden, model.output_table, rows.sources, micro.targets, listed, model.output_grads(grads))
 
 
 def batch_shares(config: TrainConfig, batch: PairBatch) -> LossWeights:
-    """What each pair [A, B] and each chosen token [A, B, T] counts for in the mean over the whole update."""
-    micro, pairs = batch.real.shape
-    counted = batch.completion_mask[:, :, 0] & NLL_TOKENS[config.nll_tokens](batch.ids[:, :, 0])
-    chosen = jnp.roll(counted, -1, axis=2).reshape(micro * pairs, -1)
+    """What each pair, and each chosen token of it, counts for in the mean over the whole update."""
+    counted = (batch.owners >= 0) & NLL_TOKENS[config.nll_tokens](batch.targets)
+    chosen = 2 * jnp.arange(len(batch.real))
+    mine = (batch.owners[..., None] == chosen) & counted[..., None]
+    tokens = jnp.sum(mine, axis=(0, 1, 2)).astype(jnp.float32)
     reduction = NLL_REDUCTIONS[config.nll_reduction](config.group_size)
-    shares = normalise_weights(count_weights(chosen, batch.real.reshape(-1).astype(jnp.float32), reduction))
-    return LossWeights(shares.pairs.reshape(micro, pairs), shares.nll.reshape(micro, pairs, -1))
+    return normalise_weights(count_weights(tokens, batch.real.astype(jnp.float32), reduction), tokens)
+
+
+def micro_loss(
+    setup: StepSetup,
+    params: dict[str, Any],
+    grads: dict[str, Any] | None,
+    micro: MicroBatch,
+    *,
+    ref_logps: Float[Array, "N 2"],
+    shares: LossWeights,
+) -> tuple[Float[Array, ""], Metrics]:
+    """A micro-batch's part of the loss and of the metrics; its gradient goes to `grads`, or to `params` if None."""
+    c, pairs = setup.config, len(ref_logps)
+    token_logps = completion_token_logps(setup, params, micro, grads)
+    logps = sum_by_completion(token_logps, micro.owners, micro.owners >= 0, pairs)
+    nll = -sum_by_completion(token_logps, micro.owners, NLL_TOKENS[c.nll_tokens](micro.targets), pairs)[:, 0]
+    here = jnp.any(micro.owners[..., None] // 2 == jnp.arange(pairs), axis=(0, 1))
+    shares = LossWeights(*(jnp.where(here, share, 0.0) for share in shares))
+    scales = {"beta": c.beta, "label_smoothing": c.label_smoothing, "rpo_alpha": c.rpo_alpha}
+    return preference_loss(logps, nll, ref_logps, shares, **scales)
 
 
 def loss_and_grads(setup: StepSetup, params: dict[str, Any], batch: PairBatch) -> tuple[Metrics, dict[str, Any]]:
-    """Metrics and gradients of the whole update: the same for A micro-batches of B pairs as for one of A * B."""
-    c = setup.config
-    scales = {"beta": c.beta, "label_smoothing": c.label_smoothing, "rpo_alpha": c.rpo_alpha}
+    """Metrics and gradients of the whole update, the same however its pairs were packed.
 
-    def loss_fn(params: dict[str, Any], micro: PairBatch, shares: LossWeights) -> tuple[Array, Metrics]:
-        logps, mask = pair_token_logps(setup, params, micro.ids, micro.completion_mask)
-        return preference_loss(logps, mask, micro.ref_logps, shares, **scales)
+    Gradients have `gradient_dtype`, and there is one set of them: each micro-batch adds its own in place.
+    """
+    shares = batch_shares(setup.config, batch)
 
-    def one(xs: tuple[PairBatch, LossWeights]) -> tuple[Metrics, dict[str, Any]]:
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *xs)
-        return metrics, grads
+    loss = partial(micro_loss, setup, params, ref_logps=batch.ref_logps, shares=shares)
 
-    xs = (batch, batch_shares(c, batch))
-    first, rest = (jax.tree.map(lambda x, part=part: x[part], xs) for part in (0, slice(1, None)))
-    total = one(first)
-    if batch.real.shape[0] > 1:
-        # In float32 also where the weights, and so the gradients, are bfloat16: a sum of eight would lose three bits.
-        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), total)
-        total, _ = jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, one(xs)), None), wide, rest)
-    return total
+    def one(index: Array, so_far: tuple[Metrics, dict[str, Any]]) -> tuple[Metrics, dict[str, Any]]:
+        metrics, grads = so_far
+        # With respect to the gradients so far: what comes out is their sum with this micro-batch's (models/stack.py).
+        grads, more = jax.grad(loss, has_aux=True)(grads, micro_batch(batch, index))
+        return jax.tree.map(jnp.add, metrics, more), grads
+
+    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, setup.config.gradient_dtype), params)
+    _, shapes = jax.eval_shape(loss, grads, micro_batch(batch, jnp.int32(0)))
+    metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, batch.micro_batches, one, (metrics, grads))
 
 
 def train_step(setup: StepSetup, state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
     """One update."""
     metrics, grads = loss_and_grads(setup, state.params, batch)
-    grads, norm = clip_by_global_norm(grads, setup.config.max_grad_norm)
-    updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
     rate = jnp.asarray(setup.schedule(state.step))
-    changed = changed_at_peak(setup.config, state.params, updates, grads, rate)
-    metrics |= {"grad_norm": norm, "learning_rate": rate, "params_changed": changed}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    update = apply_gradients(setup.config, setup.optimizer, state.params, state.opt_state, grads, rate, state.step)
+    metrics |= {"grad_norm": update.grad_norm, "learning_rate": rate, "params_changed": update.params_changed}
+    return TrainState(update.params, update.opt_state, state.step + 1), metrics
 
 
 class PairScores(NamedTuple):
@@ -129,14 +175,21 @@ class PairScores(NamedTuple):
 
 
 def score_step(setup: StepSetup, params: dict[str, Any], batch: PairBatch) -> PairScores:
-    """Scores [A, B] pairs under `params`: the reference pass and evaluation."""
+    """Scores the N pairs of a batch under `params`: the reference pass and evaluation."""
+    pairs = len(batch.real)
 
-    def one(micro: PairBatch) -> PairScores:
-        logps, mask = pair_token_logps(setup, params, micro.ids, micro.completion_mask)
-        last = mask & ~jnp.roll(mask, -1, axis=-1)  # the last position is never a target, so nothing wraps around
-        return PairScores(sum_logps(logps, mask), sum_logps(logps, last), *chosen_nll_sum(logps, mask))
+    def one(index: Array, so_far: PairScores) -> PairScores:
+        micro = micro_batch(batch, index)
+        logps = completion_token_logps(setup, params, micro)
+        every = micro.owners >= 0
+        last = micro.owners != jnp.pad(micro.owners[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        sums = sum_by_completion(logps, micro.owners, every, pairs)
+        ends = sum_by_completion(logps, micro.owners, last, pairs)
+        tokens = sum_by_completion(jnp.ones_like(logps), micro.owners, every, pairs)
+        return jax.tree.map(jnp.add, so_far, PairScores(sums, ends, -sums[:, 0], tokens[:, 0]))
 
-    return jax.lax.map(one, batch)
+    zeros = jnp.zeros((pairs, 2)), jnp.zeros(pairs)
+    return jax.lax.fori_loop(0, batch.micro_batches, one, PairScores(zeros[0], zeros[0], zeros[1], zeros[1]))
 
 
 @final
@@ -144,16 +197,24 @@ class Trainer:
     """A policy with its optimizer on a mesh: the one place where jit, shardings and donation are applied."""
 
     def __init__(
-        self, graphdef: Any, declared: dict[str, Any], mesh: Mesh, config: TrainConfig, remat: str, total_steps: int
+        self,
+        graphdef: Any,
+        declared: dict[str, Any],
+        mesh: Mesh,
+        config: TrainConfig,
+        remat: str,
+        total_steps: int,
+        attention: str = "auto",
     ) -> None:
         self.mesh = mesh
+        backend = resolve_attention(attention, mesh.devices.flat[0].platform)
         optimizer = build_optimizer(config, total_steps)
         schedule = build_schedule(config, total_steps)
-        self.setup = StepSetup(graphdef, config, remat, optimizer, schedule)
+        self.setup = StepSetup(graphdef, config, remat, backend, optimizer, schedule)
         self.abstract_state = self._abstract_state(abstract_params(declared, mesh, jnp.dtype(config.master_dtype)))
         # Pinned: a state that came back placed differently would be compiled for a second time.
         placement = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self._step = jax.jit(
+        self.jitted_step = jax.jit(
             partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(mesh))
         )
         self._score = jax.jit(partial(score_step, self.setup))
@@ -183,11 +244,11 @@ class Trainer:
     def step(self, state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         """One update. `state` is donated: it cannot be used again."""
         with jax.set_mesh(self.mesh):
-            return self._step(state, put_batch(batch, self.mesh))
+            return self.jitted_step(state, put_batch(batch, self.mesh))
 
     def compiled_shapes(self) -> int:
         """How many programs the update was compiled to: one per row length, no more."""
-        return self._step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+        return self.jitted_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def score_pairs(
         self,
@@ -203,13 +264,22 @@ class Trainer:
         """
         count = len(loader.pairs)
         scores = PairScores(np.empty((count, 2)), np.empty((count, 2)), np.empty(count), np.empty(count))
-        for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
-            with jax.set_mesh(self.mesh):
-                parts = jax.device_get(self._score(params, put_batch(batch, self.mesh)))
-            for column, part in zip(scores, parts, strict=True):
-                column[rows] = part.reshape(-1, *part.shape[2:])[: len(rows)]
+
+        def collect(rows: Int[np.ndarray, "R"], parts: PairScores) -> None:
+            for column, part in zip(scores, jax.device_get(parts), strict=True):
+                column[rows] = part[: len(rows)]
             if on_batch is not None:
                 on_batch(len(rows))
+
+        waiting: list[tuple[Int[np.ndarray, "R"], PairScores]] = []
+        for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
+            with jax.set_mesh(self.mesh):
+                waiting.append((rows, self._score(params, put_batch(batch, self.mesh))))
+            # One batch behind, so that the device always has the next one.
+            if len(waiting) > 1:
+                collect(*waiting.pop(0))
+        for rows, parts in waiting:
+            collect(rows, parts)
         return scores
 
     def fit(
@@ -218,12 +288,23 @@ class Trainer:
         """Yields (state, updates done, metrics, real tokens of the batch) after each update.
 
         Starts at `state.step`, so a restored state goes on with the batch that comes next. The metrics are still
-        on their way from the device.
+        on their way from the device: whoever reads them one update late never keeps the device waiting.
         """
-        for step in range(int(state.step), total_steps):
+        first = int(state.step)
+
+        def send(step: int) -> tuple[int, PairBatch]:
             batch = loader.shuffled(step)
-            state, metrics = self.step(state, batch)
-            yield state, step + 1, metrics, count_tokens(batch)
+            return count_tokens(batch), put_batch(batch, self.mesh)
+
+        ahead = send(first) if first < total_steps else None
+        for step in range(first, total_steps):
+            assert ahead is not None
+            tokens, batch = ahead
+            with jax.set_mesh(self.mesh):
+                state, metrics = self.jitted_step(state, batch)
+            # The next batch is packed and sent while the device computes this one.
+            ahead = send(step + 1) if step + 1 < total_steps else None
+            yield state, step + 1, metrics, tokens
 
 
 def evaluate_scores(scores: PairScores, ref_logps: Float[np.ndarray, "N 2"], config: TrainConfig) -> dict[str, float]:

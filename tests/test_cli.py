@@ -2,69 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from drift_jax.cli import main
-from drift_jax.config import RunConfig, config_to_yaml, load_config
-from drift_jax.presets import PRESETS
-from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
+from tests.cli_runs import Drift, base, change_config, drift, model_dir  # noqa: F401
+from tests.tiny_pairs import build_tiny_policy
 
-Drift = Callable[..., tuple[int, str, str]]
+COMMANDS = ("run", "sample", "train", "export", "presets", "config", "doctor")
+CHOICES = ("drift", "paper", "trl1", "generation_prompt", "trl0.12.0-0.12.2", "group_token_mean", "nonzero")
 
 
-@pytest.fixture()
-def drift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Drift:
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["drift", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+@pytest.mark.parametrize(("command", "names"), [("--help", COMMANDS), ("presets", CHOICES)], ids=["help", "presets"])
+def test_a_list_is_complete(drift: Drift, command: str, names: tuple[str, ...]) -> None:
+    code, out, _ = drift(command)
+    assert code == 0 and [name for name in names if name not in out] == []
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_policy(tmp_path_factory.mktemp("cli") / "model", tied=True)
-
-
-@pytest.fixture()
-def base(tmp_path: Path, model_dir: Path) -> Path:
-    """A directory with everything `drift run config.yaml` needs."""
-    shutil.copytree(model_dir, tmp_path / "model")
-    write_dsat(tmp_path / "dsat.jsonl", 16)
-    pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    write_pairs(pairs / "pairs.train.jsonl", 8)
-    raw = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "model"), "compute_dtype": "float32"},
-        "data": {"dsat": str(tmp_path / "dsat.jsonl"), "test_rows": 4, "max_length": 128, "max_prompt_length": 64},
-        "recipe": {"iterations": 1},
-        "sampling": {"max_new_tokens": 4, "batch_size": 8, "compute_dtype": "float32", "max_input_length": 128},
-        "train": {"batch_size": 8},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
-    return tmp_path
-
-
-def test_help_lists_every_command(drift: Drift) -> None:
-    code, out, _ = drift("--help")
-    assert code == 0
-    for command in ("run", "sample", "train", "export", "presets", "config", "doctor"):
-        assert command in out
-        assert drift(command, "--help")[0] == 0
+def test_every_command_has_help(drift: Drift) -> None:
+    assert [drift(command, "--help")[0] for command in COMMANDS] == [0] * len(COMMANDS)
 
 
 def edit_rows(path: Path, line: int, edit: Callable[[dict], object]) -> None:
@@ -228,102 +186,6 @@ def test_a_refused_call_leaves_the_config_of_the_run(drift: Drift, base: Path) -
     assert (base / "run/config.yaml").read_text() == before
 
 
-# --- presets and handbook files -------------------------------------------------------------------------------
-
-
-@pytest.fixture()
-def handbook(base: Path) -> Path:
-    """A handbook file whose pairs lie in a directory of train.jsonl and test.jsonl."""
-    data = base / "data"
-    data.mkdir()
-    write_pairs(data / "train.jsonl", 8)
-    write_pairs(data / "test.jsonl", 4, start=8)
-    raw = {
-        "model_name_or_path": str(base / "model"),
-        "dataset_mixer": {str(data): 1.0},
-        "dataset_splits": ["train", "test"],
-        "bf16": False,
-        "learning_rate": 5e-4,
-        "lr_scheduler_type": "linear",
-        "rpo_alpha": 0.001,
-        "max_length": 192,
-        "max_prompt_length": 96,
-        "num_train_epochs": 2,
-        "optim": "rmsprop",
-        "per_device_train_batch_size": 1,
-        "logging_steps": 1,
-        "eval_strategy": "epoch",
-        "trust_remote_code": True,
-        "output_dir": str(base / "handbook"),
-    }
-    path = base / "dpo.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def test_presets_are_explained(drift: Drift) -> None:
-    code, out, _ = drift("presets")
-    assert code == 0
-    for word in ("drift", "paper", "trl1", "generation_prompt", "trl0.12.0-0.12.2", "group_token_mean", "nonzero"):
-        assert word in out
-
-
-def test_train_takes_a_handbook_file_as_it_is(drift: Drift, handbook: Path) -> None:
-    """Model, pairs and output directory come from the file; the batch is per device, and here are eight of them."""
-    code, out, err = drift("train", handbook)
-    assert code == 0, err
-    assert "never executed" in " ".join(out.split())
-    assert "preset paper: template handbook" in out
-    rows = [json.loads(line) for line in (handbook.parent / "handbook" / "metrics.jsonl").open()]
-    assert [row["step"] for row in rows] == [1, 2]
-    assert "eval_rewards/margins" in rows[0] and "eval_rewards/margins" not in rows[1]  # the last is in eval.json
-    assert (handbook.parent / "handbook" / "hf" / "model.safetensors").exists()
-
-
-def test_run_takes_a_handbook_file(drift: Drift, handbook: Path) -> None:
-    """Alone its pairs are the seed stage; with a config its hyper-parameters replace the config's."""
-    base = handbook.parent
-    code, _, err = drift("run", "--handbook", handbook, "--run-dir", base / "alone")
-    assert code == 0, err
-    assert list(json.loads((base / "alone" / "manifest.json").read_text())["stages"]) == ["seed/train", "seed/export"]
-    code, _, err = drift("run", base / "config.yaml", "--handbook", handbook, "--set", "recipe.iterations=1")
-    assert code == 0, err
-    resolved = yaml.safe_load((base / "handbook" / "config.yaml").read_text())
-    assert resolved["train"]["learning_rate"] == 5e-4 and resolved["train"]["epochs"] == 2
-    assert resolved["sampling"]["max_new_tokens"] == 4 and resolved["preset"] == "paper"
-    assert (base / "handbook" / "iter_1" / "hf" / "model.safetensors").exists()
-
-
-def test_translate_writes_a_config_that_means_the_same(drift: Drift, handbook: Path, tmp_path: Path) -> None:
-    code, out, err = drift("config", "translate", handbook, "--devices", 4, "--set", "train.beta=0.2")
-    assert code == 0 and "trust_remote_code" in err
-    written = yaml.safe_load(out)
-    assert written["train"]["batch_size"] == 4 and written["train"]["beta"] == 0.2
-    assert drift("config", "translate", handbook, "--devices", 4, "--out", tmp_path / "ours.yaml")[0] == 0
-    config = load_config(tmp_path / "ours.yaml")
-    assert config.data.truncation == "trl<=0.11" and config.run_dir == str(handbook.parent / "handbook")
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (("train", "CONFIG"), "not a handbook file, so --model, --pairs, --out must be given"),
-        (("run",), "give a CONFIG"),
-        (("config", "translate", "CONFIG"), "model_name_or_path: this key is required"),
-    ],
-)
-def test_what_is_missing_is_named(drift: Drift, base: Path, command: tuple[str, ...], message: str) -> None:
-    code, _, err = drift(*(base / "config.yaml" if word == "CONFIG" else word for word in command))
-    assert code == 2 and message in " ".join(err.split())
-
-
-def test_unknown_handbook_keys_are_all_named(drift: Drift, handbook: Path) -> None:
-    handbook.write_text(handbook.read_text() + "betta: 0.1\nfoo: 1\n")
-    code, _, err = drift("train", handbook)
-    assert code == 2 and "betta: unknown key. Did you mean beta?" in err and "foo: unknown key" in err
-    assert not (handbook.parent / "handbook").exists()
-
-
 def test_pairs_without_a_completion_left_are_counted_and_named(drift: Drift, base: Path) -> None:
     """Preset trl1 drops pairs whose prompt fills max_length, as TRL does; nothing is dropped silently."""
     rows = [json.loads(line) for line in (base / "pairs" / "pairs.train.jsonl").open()]
@@ -341,114 +203,8 @@ def test_pairs_without_a_completion_left_are_counted_and_named(drift: Drift, bas
     assert len(summary["warnings"]) == 1
 
 
-# --- drift run CONFIG --handbook FILE --------------------------------------------------------------------------
-
-
-@pytest.fixture()
-def resolved(monkeypatch: pytest.MonkeyPatch, drift: Drift) -> Callable[..., tuple[RunConfig, str]]:
-    """What `drift run` would run, and what it printed before."""
-    runs: list[RunConfig] = []
-    monkeypatch.setattr("drift_jax.recipe.run", lambda config, console: runs.append(config))
-    monkeypatch.setenv("COLUMNS", "600")  # every row of the table in one line
-
-    def call(*words: object) -> tuple[RunConfig, str]:
-        code, out, err = drift("run", *words)
-        assert code == 0, err
-        return runs[-1], " ".join(out.split())
-
-    return call
-
-
-Resolved = Callable[..., tuple[RunConfig, str]]
-
-
-def change_config(path: Path, **sections: object) -> Path:
-    raw = yaml.safe_load(path.read_text())
-    for key, value in sections.items():
-        raw[key] = raw.get(key, {}) | value if isinstance(value, dict) else value
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("mesh", "change", "batch"),
-    [
-        ({}, None, 8),
-        ({"tensor": 2}, None, 4),
-        ({"tensor": 2}, "mesh.tensor=4", 2),
-        ({"fsdp": 2, "tensor": -1}, None, 2),
-    ],
-    ids=str,
-)
-def test_the_batch_of_a_handbook_file_is_per_device_of_the_whole_config(
-    resolved: Resolved, handbook: Path, mesh: dict, change: str | None, batch: int
-) -> None:
-    config = change_config(handbook.parent / "config.yaml", mesh=mesh)
-    found, _ = resolved(config, "--handbook", handbook, *(("--set", change) if change else ()))
-    assert found.train.batch_size == batch
-
-
-def test_accumulation_by_option_is_checked_against_the_batch_of_all_devices(resolved: Resolved, handbook: Path) -> None:
-    config = handbook.parent / "config.yaml"
-    assert resolved(config, "--handbook", handbook, "--set", "train.accumulation_steps=8")[0].train.batch_size == 8
-
-
-def test_the_preset_of_a_handbook_file_replaces_all_that_presets_decide(resolved: Resolved, handbook: Path) -> None:
-    """A CONFIG with every key written out, such as RUN/config.yaml, must not keep its preset through the back door."""
-    path = handbook.parent / "config.yaml"
-    path.write_text(config_to_yaml(load_config(path, ["train.warmup_steps=7", "train.max_steps=3"])))
-    found, out = resolved(path, "--handbook", handbook)
-    values = dataclasses.asdict(found)
-    for key, value in PRESETS["paper"].items():
-        section, leaf = key.split(".")
-        assert values[section][leaf] == value, key
-    assert found.preset == "paper" and (found.train.warmup_steps, found.train.max_steps) == (None, None)
-    assert "pairs are not read from this file" in out
-    found, _ = resolved(path, "--handbook", handbook, "--set", "data.eos=append", "--set", "preset=trl1")
-    assert (found.data.eos, found.data.template) == ("append", PRESETS["trl1"]["data.template"])
-
-
-def test_records_go_on_without_a_seed_where_the_file_names_no_pairs(
-    drift: Drift, resolved: Resolved, handbook: Path
-) -> None:
-    raw = yaml.safe_load(handbook.read_text())
-    handbook.write_text(yaml.safe_dump({k: v for k, v in raw.items() if not k.startswith("dataset_")}))
-    found, _ = resolved("--handbook", handbook, "--set", f"data.dsat={handbook.parent / 'dsat.jsonl'}")
-    assert found.data.seed_train is None and found.recipe.iterations == 2
-    code, _, err = drift("run", "--handbook", handbook)
-    assert code == 2 and "the file names no pairs" in " ".join(err.split())
-
-
-@pytest.mark.parametrize("name", ["a b #c", "2024", ":train:", 'it\'s "é"', "[x]", "null"])
-def test_a_path_given_by_option_is_taken_as_it_is(resolved: Resolved, handbook: Path, name: str) -> None:
-    config = handbook.parent / "config.yaml"
-    assert resolved(config, "--run-dir", name)[0].run_dir == name
-    data = handbook.parent / "data"
-    moved = data.rename(handbook.parent / name)
-    raw = yaml.safe_load(handbook.read_text()) | {"dataset_mixer": {str(moved): 1.0}}
-    handbook.write_text(yaml.safe_dump(raw))
-    found, out = resolved("--handbook", handbook, "--run-dir", handbook.parent / "run" / name)
-    assert found.data.seed_train == str(handbook.parent / "run" / name / "data" / "pairs.train.jsonl")
-    assert found.recipe.iterations == 0 and f"100 % of {moved} " in out
-
-
 def test_paths_in_messages_keep_their_colons(drift: Drift, base: Path) -> None:
     assert "/:train:.yaml" in drift("run", base / ":train:.yaml")[2].replace("\n", "")
-
-
-@pytest.mark.parametrize("words", [("run", "FILE"), ("run", "FILE", "--handbook", "FILE"), ("sample", "FILE")], ids=str)
-def test_a_handbook_file_in_place_of_a_config_is_named(drift: Drift, handbook: Path, words: tuple[str, ...]) -> None:
-    rest = ("--model", "m", "--input", "i", "--out", handbook.parent / "o") if words[0] == "sample" else ()
-    code, _, err = drift(*(handbook if word == "FILE" else word for word in words), *rest)
-    assert code == 2 and f"drift run --handbook {handbook}" in " ".join(err.split()) and "unknown key" not in err
-
-
-def test_a_handbook_file_without_a_model_says_which_key_is_missing(drift: Drift, handbook: Path) -> None:
-    raw = yaml.safe_load(handbook.read_text())
-    del raw["model_name_or_path"]
-    handbook.write_text(yaml.safe_dump(raw))
-    code, _, err = drift("train", handbook)
-    assert code == 2 and "model_name_or_path: this key is required" in " ".join(err.split())
 
 
 def test_the_revision_is_that_of_the_models_own_path(monkeypatch: pytest.MonkeyPatch, drift: Drift, base: Path) -> None:

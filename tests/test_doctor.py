@@ -68,6 +68,7 @@ def test_the_report_of_this_machine(tmp_path: Path) -> None:
     checks = by_name(collect_checks(tmp_path, device_root=tmp_path))
     assert checks["devices"].detail == "8 x cpu (cpu)"
     assert checks["jax"] == Check("jax", "ok", importlib.metadata.version("jax"))
+    assert checks["attention"].detail == "auto is xla on cpu; splash needs a TPU; triton needs a GPU"
     for name in ("python", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "host memory"):
         assert checks[name].status == "ok" and checks[name].detail
     assert str(tmp_path) in checks["disk"].detail
@@ -141,6 +142,7 @@ def test_a_used_accelerator_is_no_warning(tmp_path: Path, monkeypatch: pytest.Mo
     checks = by_name(collect_checks(tmp_path, tmp_path))
     assert checks["devices"].detail == "1 x NVIDIA H100 (gpu)"
     assert checks["device 0 memory"].detail == "54.0 of 60.0 GiB free for jax"
+    assert checks["attention"].detail == "auto is triton on gpu; splash needs a TPU"
     assert "NVIDIA GPU" not in checks
 
 

@@ -96,6 +96,12 @@ def test_an_empty_stage_and_other_processes(monkeypatch: pytest.MonkeyPatch) -> 
     assert written(other) == []
 
 
+def test_names_keep_their_colons_where_no_console_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with stage_progress("tokenising a:train:.jsonl", 1):
+        pass
+    assert capsys.readouterr().out.startswith("tokenising a:train:.jsonl: 0/1 steps")
+
+
 ROWS = (
     StageSummary("seed", pairs=24, loss=0.6931, seconds=61.25),
     StageSummary(

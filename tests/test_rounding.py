@@ -15,9 +15,10 @@ import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
+from drift_jax.changes import changed_at_peak, changed_share
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.errors import ConfigError
-from drift_jax.optim import build_optimizer, build_schedule, changed_at_peak, changed_share
+from drift_jax.optim import build_optimizer, build_schedule
 from drift_jax.rounding import StochasticRoundingState, stochastic_round, stochastic_rounding
 from drift_jax.sharding import build_mesh
 from tests.test_optim import torch_run

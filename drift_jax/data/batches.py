@@ -1,4 +1,4 @@
-"""Tokenised pairs -> batches on the mesh.
+"""Tokenised pairs -> packed batches on the mesh.
 
 The order of pairs is a function of (seed, epoch) and a batch a function of the step: the loader has no state that
 a checkpoint would have to hold besides the step number.
@@ -8,62 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int
 
+from drift_jax.data.packing import BatchShape, choose_shape, count_micro_batches, pack_rows, plan_shapes, token_budget
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import GroupCut
+from drift_jax.models.attention import KeySpans
 from drift_jax.sharding import Dims, build_sharding
-
-# Rows are padded to one of few lengths, so that few programs are compiled.
-_SHORTEST_BUCKET = 128
-_BUCKET_MULTIPLE = 64
 
 
 class PairBatch(NamedTuple):
-    """One update's pairs in the plain layout: a row is prompt + completion, padded on the right.
+    """One update's N pairs, packed. A pair is `[prompt | chosen | rejected]`, a row holds several pairs, then padding.
 
-    A is the number of micro-batches (accumulation steps), B the pairs of a micro-batch, side 0 chosen and 1
-    rejected. Padding is known by position, never by id: the pad id may be a real token. The arrays are numpy's
-    until `put_batch` places them.
+    A are micro-batches of R rows of T tokens, of which the first `micro_batches` hold pairs. The prompt is there once:
+    both sides look at it and not at each other, and the positions of both go on where the prompt ends. Padding is
+    known by place, never by id: the pad id may be a real token. The completion tokens of a row are listed apart, C = T
+    at most, those of one side one after the other. The arrays are numpy's until `put_batch` places them.
     """
 
-    ids: Int[Any, "A B 2 T"]
-    completion_mask: Bool[Any, "A B 2 T"]  # ids[..., t] belongs to the completion (its end token included)
-    real: Bool[Any, "A B"]  # False for pairs that only fill the last batch of an epoch
-    ref_logps: Float[Any, "A B 2"]  # nats, summed over the completion; zeros before the reference pass
+    ids: Int[Any, "A R T"]
+    positions: Int[Any, "A R T"]
+    spans: KeySpans  # each [A, R, T]
+    sources: Int[Any, "A R C"]  # where in its row the token stands whose hidden state predicts completion token c
+    targets: Int[Any, "A R C"]  # id of completion token c
+    owners: Int[Any, "A R C"]  # 2 * pair + side (0 chosen, 1 rejected) of completion token c; -1: there is none
+    real: Bool[Any, " N"]  # False for pairs that only fill the last batch of an epoch
+    ref_logps: Float[Any, "N 2"]  # nats, summed over the completion; zeros before the reference pass
+    micro_batches: Int[Any, ""]
 
 
-# In the order of PairBatch's fields.
-_DIMS: tuple[Dims, ...] = (
-    (None, "batch", "pair", "length"),
-    (None, "batch", "pair", "length"),
-    (None, "batch"),
-    (None, "batch", "pair"),
-)
+_ROWS: Dims = (None, "batch", "length")
+
+
+def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
+    """Placements: rows split over the mesh, the values of pairs on every device."""
+
+    def place(array: np.ndarray) -> NamedSharding:
+        dims = _ROWS if array.ndim == len(_ROWS) else (None,) * array.ndim
+        return build_sharding(mesh, dims, array.shape, name="batch")
+
+    return jax.tree.map(place, batch)
 
 
 def put_batch(batch: PairBatch, mesh: Mesh) -> PairBatch:
-    """Host arrays -> device arrays, split over the mesh along the pairs."""
-    return PairBatch(
-        *(
-            jax.device_put(array, build_sharding(mesh, dims, array.shape, name="batch"))
-            for array, dims in zip(batch, _DIMS, strict=True)
-        )
-    )
-
-
-def length_buckets(max_length: int) -> tuple[int, ...]:
-    """The row lengths in use, ascending: max_length, its half, its quarter, ... down to 128 tokens."""
-    buckets, size = [], max_length
-    while not buckets or size >= _SHORTEST_BUCKET:
-        buckets.append(-(-size // _BUCKET_MULTIPLE) * _BUCKET_MULTIPLE)
-        size //= 2
-    return tuple(sorted(set(buckets)))
+    """Host arrays -> device arrays."""
+    return jax.device_put(batch, batch_shardings(batch, mesh))
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
@@ -88,15 +83,22 @@ class PairLoader:
     group_cut: GroupCut | None = None
     group_size: int = 1
     ref_last_logps: Float[np.ndarray, "N 2"] | None = None  # of the last tokens; needed with `group_cut`
+    ways: int = 1  # into how many parts the mesh splits the rows
+    tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.pairs) // self.batch_size)
 
+    @cached_property
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """The shapes of all micro-batches of the stage, planned on its first epoch."""
+        return self._plan([self._rows_of(step) for step in range(self.steps_per_epoch)])
+
     def shuffled(self, step: int) -> PairBatch:
         """The batch of an update; `step` counts from 0 over all epochs. The last of an epoch may be part padding."""
         rows = self._rows_of(step)
-        return self._build(rows, self._lost_ends(rows))
+        return self._build(rows, self._lost_ends(rows), self.shapes)
 
     def first_epoch(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
         """The batches of the first epoch, whole, each with the positions of its pairs in `pairs`.
@@ -106,22 +108,41 @@ class PairLoader:
         """
         for step in range(self.steps_per_epoch):
             rows = self._rows_of(step)
-            yield rows, self._build(rows, np.zeros((len(rows), 2), bool))
+            yield rows, self._build(rows, np.zeros((len(rows), 2), bool), self.shapes)
+
+    def by_length(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
+        """All pairs once, longest first, each batch with the positions of its pairs in `pairs`.
+
+        For passes without gradient, where the order does not matter: a batch that does not fit in memory fails at
+        once.
+        """
+        order = np.argsort([-pair_tokens(pair) for pair in self.pairs], kind="stable")
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        shapes = self._plan(batches)
+        for rows in batches:
+            yield rows, self._build(rows, np.zeros((len(rows), 2), bool), shapes)
+
+    def real_token_share(self) -> float:
+        """Of the tokens that the first epoch computes, the share that belongs to pairs; a prompt counts once."""
+        computed = 0
+        for step in range(self.steps_per_epoch):
+            lengths = self._lengths(self._rows_of(step))
+            shape = choose_shape(lengths, self.shapes, self.ways)
+            computed += count_micro_batches(lengths, shape) * shape.tokens
+        return sum(map(pair_tokens, self.pairs)) / computed
 
     def _rows_of(self, step: int) -> Int[np.ndarray, "R"]:
         epoch, position = divmod(step, self.steps_per_epoch)
         return epoch_order(len(self.pairs), self.seed, epoch)[position * self.batch_size :][: self.batch_size]
 
-    def by_length(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
-        """All pairs once, longest first, each batch with the positions of its pairs in `pairs`.
+    def _lengths(self, rows: Int[np.ndarray, "R"]) -> list[int]:
+        return [pair_tokens(self.pairs[row]) for row in rows]
 
-        For passes without gradient, where the order does not matter: neighbours of like length need little padding,
-        and a batch that does not fit in memory fails at once.
-        """
-        order = np.argsort([-longest_row(pair) for pair in self.pairs], kind="stable")
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            yield rows, self._build(rows, np.zeros((len(rows), 2), bool))
+    def _plan(self, batches: Sequence[Int[np.ndarray, "R"]]) -> tuple[BatchShape, ...]:
+        lengths = [self._lengths(rows) for rows in batches]
+        per_device = max(1, self.batch_size // self.accumulation_steps // self.ways)
+        budget = self.tokens_per_device or token_budget(max(map(max, lengths)), per_device)
+        return plan_shapes(lengths, self.ways, budget)
 
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
         """Which completions lose their last token because of their neighbours."""
@@ -135,33 +156,83 @@ class PairLoader:
             lost[start : start + len(group)] = cut(prompts, completions, self.max_length)
         return lost
 
-    def _build(self, rows: Int[np.ndarray, "R"], lost_ends: Bool[np.ndarray, "R 2"]) -> PairBatch:
-        chosen = [self.pairs[row] for row in rows]
-        longest = max(map(longest_row, chosen))
-        length = next(bucket for bucket in length_buckets(self.max_length) if bucket >= longest)
-        ids = np.zeros((self.batch_size, 2, length), np.int32)
-        mask = np.zeros((self.batch_size, 2, length), bool)
-        for i, pair in enumerate(chosen):
-            start = len(pair.prompt_ids)
-            for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
-                ids[i, side, :start] = pair.prompt_ids
-                ids[i, side, start : start + len(completion)] = completion
-                mask[i, side, start : start + len(completion) - int(lost_ends[i, side])] = True
+    def _build(
+        self, rows: Int[np.ndarray, "R"], lost_ends: Bool[np.ndarray, "R 2"], shapes: Sequence[BatchShape]
+    ) -> PairBatch:
+        lengths = self._lengths(rows)
+        shape = choose_shape(lengths, shapes, self.ways)
         ref_logps = np.zeros((self.batch_size, 2), np.float32)
         ref_logps[: len(rows)] = self.ref_logps[rows]
         if self.ref_last_logps is not None:
             ref_logps[: len(rows)] -= np.where(lost_ends, self.ref_last_logps[rows], 0.0)
-        real = np.arange(self.batch_size) < len(rows)
-        micro = (self.accumulation_steps, self.batch_size // self.accumulation_steps)
-        return PairBatch(*(a.reshape(micro + a.shape[1:]) for a in (ids, mask, real, ref_logps)))
+        packed = pack_rows(lengths, shape.length)
+        micro_batches = -(-len(packed) // shape.rows)
+        # As many micro-batches as the update could need at most, so that their number is no part of the shape.
+        empty = _empty_rows((-(-self.batch_size // shape.rows), *shape), self.batch_size)
+        batch = empty._replace(ref_logps=ref_logps, micro_batches=np.int32(micro_batches))
+        batch.real[: len(rows)] = True
+        for i, members in enumerate(packed):
+            # Dealt out in turn, so that the rows of the last micro-batch are the only ones that may be empty.
+            micro, row = divmod(i, shape.rows)
+            _fill_row(batch, (micro, row), [(m, self.pairs[rows[m]], lost_ends[m]) for m in members])
+        return batch
 
 
-def longest_row(pair: TokenizedPair) -> int:
-    """Tokens of the longer side of a pair."""
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+def _empty_rows(shape: tuple[int, int, int], pairs: int) -> PairBatch:
+    """A batch without pairs: every token is padding that sees itself only."""
+    zeros = [np.zeros(shape, np.int32) for _ in range(4)]
+    own = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+    ids, positions, sources, targets = zeros
+    return PairBatch(
+        ids,
+        positions,
+        KeySpans(*(own.copy() for _ in KeySpans._fields)),
+        sources,
+        targets,
+        np.full(shape, -1, np.int32),
+        np.zeros(pairs, bool),
+        np.zeros((pairs, 2), np.float32),
+        np.int32(0),
+    )
+
+
+def _fill_row(
+    batch: PairBatch, at: tuple[int, int], members: Sequence[tuple[int, TokenizedPair, Bool[np.ndarray, "2"]]]
+) -> None:
+    """Writes pairs into a row, one after the other; `members`: index in the update, pair, lost ends."""
+    ids, positions, sources, targets, owners = (
+        array[at] for array in (batch.ids, batch.positions, batch.sources, batch.targets, batch.owners)
+    )
+    spans = KeySpans(*(array[at] for array in batch.spans))
+    start, listed = 0, 0
+    for index, pair, lost in members:
+        prompt = len(pair.prompt_ids)
+        stop = start + prompt
+        ids[start:stop] = pair.prompt_ids
+        positions[start:stop] = np.arange(prompt)
+        spans.own_start[start:stop] = start
+        own = stop
+        for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            end = own + len(completion)
+            ids[own:end] = completion
+            positions[own:end] = np.arange(prompt, prompt + len(completion))
+            spans.own_start[own:end] = own
+            # The first token is predicted by the prompt's last one; after an empty prompt nothing predicts it.
+            places = np.arange(own, end - int(lost[side]))[int(prompt == 0) :]
+            listing = slice(listed, listed + len(places))
+            sources[listing] = np.where(places == own, stop - 1, places - 1)
+            targets[listing] = ids[places]
+            owners[listing] = 2 * index + side
+            listed, own = listing.stop, end
+        spans.prompt_start[start:own], spans.prompt_stop[start:own] = start, stop
+        start = own
+
+
+def pair_tokens(pair: TokenizedPair) -> int:
+    """Tokens that a pair takes in a row: its prompt once, and both completions, as cut."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
 def count_tokens(batch: PairBatch) -> int:
-    """Real tokens of a host batch: prompts and completions of real pairs, both sides."""
-    last = batch.ids.shape[-1] - np.argmax(np.asarray(batch.completion_mask)[..., ::-1], axis=-1)
-    return int((last * np.asarray(batch.real)[..., None]).sum())
+    """Real tokens of a host batch: prompts, once each, and both completions."""
+    return int((np.asarray(batch.spans.prompt_stop) > np.asarray(batch.spans.prompt_start)).sum())

@@ -10,6 +10,7 @@ without such spellings the ids equal those of transformers' `apply_chat_template
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -53,7 +54,7 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
     eos = [*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id"), *of_token["eos_token"]]
     pad = [*of_token["pad_token"], *_ids(generation, "pad_token_id"), *_ids(model, "pad_token_id")]
     try:
-        return ChatTokenizer(backend, _renderer(template, special), template, eos, pad, of_token["eos_token"])
+        return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from None
 
@@ -92,22 +93,24 @@ class ChatTokenizer:
       pad_id: an id to fill with. It may equal an EOS id: mask by position, never by `ids != pad_id`.
       vocab_size: highest id + 1, added tokens included.
       control_ids: the ids of all added tokens. Text never becomes one of them.
+      content_hash: sha256 of all that this was built from; with equal hashes ids are equal.
     """
 
     def __init__(
         self,
         backend: Tokenizer,
-        render: Callable[[Sequence[Message], bool], str],
         template: str,
+        special: dict[str, str | None],
         eos_ids: Sequence[int],
         pad_ids: Sequence[int],
         eos_token_ids: Sequence[int],
     ) -> None:
         self._backend = backend
-        self._render = render
+        self._render = _renderer(template, special)
         self._template_chars = frozenset(template)
         self._control = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
-        spec = json.loads(backend.to_str())
+        source = backend.to_str()
+        spec = json.loads(source)
         self._plain = _without_control_tokens(spec, set(self._control))
         self._missing_bytes = _missing_bytes(spec)
         # Longest first: of two that begin at the same place the longer one counts, as in `tokenizers`.
@@ -118,6 +121,8 @@ class ChatTokenizer:
         self._literals = "\0".join(literals)
         self._characters = sorted(set(self._literals) - {"\0"})
 
+        parts = [source, template, special, *map(list, (eos_ids, pad_ids, eos_token_ids))]
+        self.content_hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.control_ids = frozenset(self._control.values())
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.turn_end_id = self._find_turn_end()

@@ -11,6 +11,7 @@ from drift_jax.handbook.translation import (
     is_handbook_file,
     translate_handbook,
     translation_table,
+    with_overrides,
 )
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "is_handbook_file",
     "translate_handbook",
     "translation_table",
+    "with_overrides",
 ]

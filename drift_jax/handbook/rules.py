@@ -113,34 +113,22 @@ def _do_eval(value: Any, file: HandbookFile) -> Outcome:
     return Outcome({}, "does not apply: the held-out pairs are scored after the last update in any case")
 
 
-def _eval_strategy(value: Any, file: HandbookFile) -> Outcome:
-    kind = _strategy(value)
-    if kind == "steps":
-        return Outcome({}, "every eval_steps updates")
-    return Outcome(
-        {"train.eval_every": None if kind == "no" else kind}, "after the last update" if kind == "no" else ""
-    )
+def _when(what: str, ours: str, never: str | None, note: str = "") -> dict[str, Rule]:
+    """Rules of `{what}_strategy` and `{what}_steps`, which together are one key of ours; `never` stands for no."""
 
+    def strategy(value: Any, file: HandbookFile) -> Outcome:
+        kind = _strategy(value)
+        if kind == "steps":
+            return Outcome({}, f"every {what}_steps updates")
+        return Outcome({ours: never}, note) if kind == "no" else Outcome({ours: kind})
 
-def _eval_steps(value: Any, file: HandbookFile) -> Outcome:
-    steps = _steps(value)
-    if file.values["eval_strategy"] != "steps":
-        return Outcome({}, "does not apply: eval_strategy is not steps")
-    return Outcome({"train.eval_every": steps})
+    def steps(value: Any, file: HandbookFile) -> Outcome:
+        count = _steps(value)
+        if file.values[f"{what}_strategy"] != "steps":
+            return Outcome({}, f"does not apply: {what}_strategy is not steps")
+        return Outcome({ours: count})
 
-
-def _save_strategy(value: Any, file: HandbookFile) -> Outcome:
-    kind = _strategy(value)
-    if kind == "steps":
-        return Outcome({}, "every save_steps updates")
-    return Outcome({"checkpoint.every_steps": "end" if kind == "no" else kind})
-
-
-def _save_steps(value: Any, file: HandbookFile) -> Outcome:
-    steps = _steps(value)
-    if file.values["save_strategy"] != "steps":
-        return Outcome({}, "does not apply: save_strategy is not steps")
-    return Outcome({"checkpoint.every_steps": steps})
+    return {f"{what}_strategy": strategy, f"{what}_steps": steps}
 
 
 def _save_total_limit(value: Any, file: HandbookFile) -> Outcome:
@@ -204,10 +192,8 @@ RULES: Mapping[str, Rule] = {
     "gradient_accumulation_steps": _accumulation,
     "per_device_eval_batch_size": _eval_batch,
     "do_eval": _do_eval,
-    "eval_strategy": _eval_strategy,
-    "eval_steps": _eval_steps,
-    "save_strategy": _save_strategy,
-    "save_steps": _save_steps,
+    **_when("eval", "train.eval_every", never=None, note="after the last update"),
+    **_when("save", "checkpoint.every_steps", never="end"),
     "save_total_limit": _save_total_limit,
     "logging_strategy": _logging_strategy,
     "logging_steps": _logging_steps,

@@ -27,7 +27,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from drift_jax.config import RunConfig, apply_override, build_config, config_keys, read_yaml
+from drift_jax.config import RunConfig, apply_override, build_config, config_keys, merge_configs, read_yaml
 from drift_jax.errors import ConfigError
 from drift_jax.handbook.keys import ALIASES, CHOICES, DIRECT, IGNORED, NOT_NULL, ONLY, STACKS
 from drift_jax.handbook.mixture import DATA_RULES, DatasetMixture, build_mixture
@@ -61,16 +61,25 @@ class Translation:
 
     def build(self, overrides: Sequence[str] = ()) -> RunConfig:
         """The resolved config; `a.b=c` overrides come after the translation. Raises `ConfigError`."""
-        raw = copy.deepcopy(self.config)
-        for override in overrides:
-            apply_override(raw, override)
-        return build_config(raw, source=self.source)
+        return build_config(with_overrides(self.config, overrides), source=self.source)
+
+    def over(self, base: Mapping[str, Any], source: str) -> Translation:
+        """The same over the plain values of another config, those of the translation winning."""
+        return replace(self, config=merge_configs(dict(base), self.config), source=source)
 
     def without_pairs(self, instead: str) -> Translation:
         """The same, where the pairs come from elsewhere: the rows that name pairs say so."""
         note = f"does not apply: pairs are not read from this file but from {instead}"
         rows = (replace(row, ours=note) if row.key in _DATA_KEYS else row for row in self.rows)
         return replace(self, mixture=DatasetMixture(), rows=tuple(rows))
+
+
+def with_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain values of a config with `a.b=c` overrides, as a copy. Raises `ConfigError` for other forms."""
+    raw = copy.deepcopy(dict(config))
+    for override in overrides:
+        apply_override(raw, override)
+    return raw
 
 
 def is_handbook_file(path: str | Path) -> bool:

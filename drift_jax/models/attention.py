@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from drift_jax.errors import ConfigError
+from drift_jax.models import splash, triton
+from drift_jax.models.intervals import KeyIntervals, KeySpans
+from drift_jax.sharding import Dims, run_per_device, split_ways
 
 # Causal attention goes through at most 8 blocks of queries of at least 128. A block looks at no key after its own
 # end, which saves close to half of the work and of the memory that the scores need.
 _MOST_BLOCKS = 8
 _SMALLEST_BLOCK = 128
 _MASKED = -1e30  # finite: a row that may look at nothing gives numbers, not NaN
-
-
-class KeySpans(NamedTuple):
-    """Which keys of its row each query of a packed row may look at.
-
-    Query t sees key s <= t when `prompt_start[t] <= s < prompt_stop[t]` (the prompt of its pair) or `s >= own_start[t]`
-    (its own side up to itself). A prompt token's own span starts where its prompt does; a padding token sees itself.
-    """
-
-    prompt_start: Int[Array, "B T"]
-    prompt_stop: Int[Array, "B T"]
-    own_start: Int[Array, "B T"]
 
 
 def attend(
@@ -40,34 +36,122 @@ def attend(
     """
     if mask is not None:
         return _attend_block(query, key, value, mask[:, None])
-    length = query.shape[1]
-    block = max(_SMALLEST_BLOCK, -(-length // _MOST_BLOCKS))
-    outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-        outputs.append(_attend_block(query[:, start:stop], key[:, :stop], value[:, :stop], causal[None, None]))
-    return jnp.concatenate(outputs, axis=1)
+    return _attend_causal(query, key, value, None)
 
 
 def attend_spans(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    spans: KeySpans,
+    seen: KeySpans,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over packed rows, each query over the keys of `spans`; else as `attend`."""
+    """Grouped-query attention over packed rows, each query over the keys of its spans; else as `attend`."""
+    return _attend_causal(query, key, value, seen)
+
+
+def attend_by_kernel(
+    kernel: Callable[..., Float[Array, "B T N H"]],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    seen: KeyIntervals,
+) -> Float[Array, "B T N H"]:
+    """`kernel` on every device for its rows and its heads; each query attends over the keys of its interval.
+
+    Kv heads that the mesh does not divide are repeated until it does: a device then holds those its queries need.
+    """
+    rows: Dims = ("batch", "length", "heads", "head_dim")
+    bounds: Dims = ("batch", "length")
+    heads, kv_heads = query.shape[2], key.shape[2]
+    split = math.lcm(kv_heads, split_ways("heads"))
+    if heads % split == 0 and split > kv_heads:
+        key, value = (jnp.repeat(x, split // kv_heads, axis=2) for x in (key, value))
+
+    def attend_part(query: Array, key: Array, value: Array, start: Array, stop: Array) -> Array:
+        return kernel(query, key, value, KeyIntervals(start, stop))
+
+    return run_per_device(attend_part, (query, key, value, *seen), (rows, rows, rows, bounds, bounds), rows)
+
+
+# --- back ends ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One way to compute attention over packed rows.
+
+    `attend(query, key, value, seen)` takes `KeyIntervals` of rows that `intervals.to_intervals` put into their order
+    when `intervals` is True, else `KeySpans` of rows as they are packed. `needs` is the platform; None: any.
+    """
+
+    name: str
+    needs: str | None
+    intervals: bool
+    attend: Callable[..., Float[Array, "B T N H"]]
+
+
+BACKENDS: dict[str, AttentionBackend] = {
+    "xla": AttentionBackend("xla", None, False, attend_spans),
+    "splash": AttentionBackend("splash", "tpu", True, partial(attend_by_kernel, splash.attend)),
+    "triton": AttentionBackend("triton", "gpu", True, partial(attend_by_kernel, triton.attend)),
+}
+_AUTO = {"tpu": "splash", "gpu": "triton"}
+
+
+def resolve_attention(name: str, platform: str) -> AttentionBackend:
+    """The back end that `attention: name` means on devices of `platform` (`jax.Device.platform`: cpu, gpu, tpu).
+
+    Raises:
+      ConfigError: no such back end, or it does not run there.
+    """
+    fitting = _AUTO.get(platform, "xla")
+    backend = BACKENDS.get(fitting if name == "auto" else name)
+    if backend is None:
+        raise ConfigError(f"attention {name!r} is not known; choose one of {['auto', *BACKENDS]}.")
+    if backend.needs not in (None, platform):
+        raise ConfigError(
+            f"attention {name!r} runs on {backend.needs} only, and the devices here are {platform}. "
+            f"Set attention: auto (here {fitting})."
+        )
+    return backend
+
+
+# --- in XLA ------------------------------------------------------------------------------------------------
+
+
+def _attend_causal(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    seen: KeySpans | None,
+) -> Float[Array, "B T N H"]:
     length = query.shape[1]
     block = max(_SMALLEST_BLOCK, -(-length // _MOST_BLOCKS))
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        first, last, own = (bound[:, start:stop, None] for bound in spans)
-        keys = jnp.arange(stop)
-        causal = keys <= jnp.arange(start, stop)[:, None]
-        mask = causal & ((keys >= own) | ((keys >= first) & (keys < last)))
-        outputs.append(_attend_block(query[:, start:stop], key[:, :stop], value[:, :stop], mask[:, None]))
+        spans = None if seen is None else KeySpans(*(bound[:, start:stop] for bound in seen))
+        outputs.append(_attend_queries(start, query[:, start:stop], key[:, :stop], value[:, :stop], spans))
     return jnp.concatenate(outputs, axis=1)
+
+
+# Checkpointed, so that the backward pass holds the scores and the mask of one block at a time. On the CPU, whose
+# compiler merges the two forward passes again, that changes neither time nor memory (T 1024, 9 heads of 64, float32).
+@partial(jax.checkpoint, static_argnums=(0,))
+def _attend_queries(
+    start: int,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    seen: KeySpans | None,
+) -> Float[Array, "B T N H"]:
+    """A block of queries, of which the first is the row's token `start`."""
+    keys = jnp.arange(key.shape[1])
+    mask = (keys <= start + jnp.arange(query.shape[1])[:, None])[None]
+    if seen is not None:
+        first, last, own = (bound[:, :, None] for bound in seen)
+        mask = mask & ((keys >= own) | ((keys >= first) & (keys < last)))
+    return _attend_block(query, key, value, mask[:, None])
 
 
 def _attend_block(

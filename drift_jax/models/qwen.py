@@ -19,16 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.attention import attend
+from drift_jax.models.stack import apply_layers, from_zero, look_up, track
 from drift_jax.sharding import Dims, build_sharding, constrain
 
 # How a dim of a Hugging Face tensor is made of ours: nn.Linear stores [out, in], with heads and head_dim merged.
 HfDims = tuple[tuple[str, ...], ...]
 
-REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "none": lambda f: f,
-    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "layer": jax.checkpoint,
-}
+# Attention over packed rows: (query, key, value, which keys each query sees) -> mixed values.
+Attend = Callable[..., Float[Array, "B T N H"]]
 
 
 class KVCache(NamedTuple):
@@ -172,7 +170,7 @@ class Block(nnx.Module):
         return constrain(x, "batch", "length", None)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope
+        self, x: Float[Array, "B T D"], rope: Rope, attend: Attend = attend
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         query, key, value = self.attention.project_all(rms_norm(x, self.attention_norm[...], self.eps), rope)
         return self.finish(x, attend(query, key, value)), (key, value)
@@ -216,18 +214,42 @@ class Qwen(nnx.Module):
     def output_table(self) -> Float[Array, "V D"]:
         return (self.embed if self.config.tied else self.head)[...]
 
+    def output_grads(self, grads: dict[str, Any] | None) -> Float[Array, "V D"] | None:
+        """Of gradients of all parameters those of `output_table`."""
+        return None if grads is None else grads["embed" if self.config.tied else "head"]
+
     def hidden(
-        self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], remat: str = "none"
+        self,
+        ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        seen: Any = None,
+        *,
+        attend: Attend = attend,
+        remat: str = "none",
+        grads: dict[str, Any] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of right-padded rows (causal attention), after the last norm."""
+        """Final hidden states of rows, after the last norm.
+
+        Args:
+          seen: which keys each query sees, handed on to `attend`; None: plain causal rows, padded on the right.
+          remat: a key of `stack.REMAT`.
+          grads: None, or gradients of all parameters so far, to which theirs go (see models/stack.py).
+        """
         rope = build_rope(positions, self.config.head_dim, self.config.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
+        grads = grads or {"embed": None, "blocks": None, "norm": None}
+        embed_grads = grads["embed"]
+        if self.config.tied and embed_grads is not None:
+            embed_grads = from_zero(embed_grads)  # the sum so far goes through the output table
 
-        def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, weights)(x, rope)[0], None
+        def layer(weights: Any, x: Array, context: tuple[Rope, Any]) -> Array:
+            rope, seen = context
+            over = attend if seen is None else partial(attend, seen=seen)
+            return nnx.merge(graphdef, weights)(x, rope, over)[0]
 
-        x, _ = jax.lax.scan(REMAT[remat](layer), self._embed(ids), stacked)
-        return rms_norm(x, self.norm[...], self.config.norm_eps)
+        x = self._embed(ids, embed_grads)
+        x = apply_layers(layer, remat, nnx.to_pure_dict(stacked), grads["blocks"], x, (rope, seen))
+        return rms_norm(x, track(self.norm[...], grads["norm"]), self.config.norm_eps)
 
     def prefill(self, ids: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:
         """Hidden states of right-padded prompts, and a cache of `slots` >= T slots that holds them in slots 0..T-1."""
@@ -269,8 +291,8 @@ class Qwen(nnx.Module):
         table = self.output_table.astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
-    def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.embed[...].astype(self.dtype)[ids]
+    def _embed(self, ids: Int[Array, "B T"], grads: Float[Array, "V D"] | None = None) -> Float[Array, "B T D"]:
+        x = look_up(self.dtype, self.embed[...], grads, ids)
         if self.config.pad_token_id is not None and not self.config.pad_trains:
             x = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
         return constrain(x, "batch", "length", None)

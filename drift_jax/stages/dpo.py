@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +23,14 @@ from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
-from drift_jax.progress import stage_progress
+from drift_jax.progress import StageProgress, stage_progress
 from drift_jax.records import write_json
-from drift_jax.sharding import build_mesh, check_batch
+from drift_jax.sharding import batch_ways, build_mesh, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 from drift_jax.stages.reference import RefLogps, read_ref_logps, write_ref_logps
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
-from drift_jax.train import PairScores, Trainer, TrainState, evaluate_scores, host_metrics
+from drift_jax.train import Metrics, PairScores, Trainer, TrainState, evaluate_scores, host_metrics
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     mesh = build_mesh(config.mesh)
     check_batch(mesh, config.train.batch_size, config.train.accumulation_steps)
     tokenizer = open_tokenizer(job.model_dir)
-    train = load_tokenized(config, job.train_pairs, tokenizer)
-    test = load_tokenized(config, job.test_pairs, tokenizer)
+    cache = job.out_dir / "tokens"
+    train = load_tokenized(config, job.train_pairs, tokenizer, cache, console)
+    test = load_tokenized(config, job.test_pairs, tokenizer, cache, console)
     warnings = [message for file, what in ((train, "train"), (test, "held-out")) if (message := file.warning(what))]
     if not train.pairs:
         raise DataError(f"{job.train_pairs}: no pair is left to train on, {train.drops}. " + " ".join(warnings))
@@ -142,7 +143,7 @@ class _Stage:
     def fit(self, state: TrainState, checkpointer: Checkpointer, timer: StageTimer) -> TrainState:
         """All updates that are left, with their metrics, guards, evaluations and checkpoints."""
         config, tracking, first = self.config, self.config.tracking, int(state.step)
-        loader = build_loader(config, self.train, self.ref)
+        loader = build_loader(config, self.trainer.mesh, self.train, self.ref)
         meta = {"train": dataclasses.asdict(config.train), "pairs": len(self.train), "epochs": self.job.epochs}
         with (
             MetricsWriter(
@@ -152,21 +153,21 @@ class _Stage:
         ):
             watch = RewardWatch(config.train, self.steps, read_metrics(self.job.out_dir) if first else ())
             self.warnings += watch.earlier
+            report = _Report(self, writer, watch, bar, timer, loader.steps_per_epoch)
+            late: _Update | None = None
             for state, step, metrics, tokens in self.trainer.fit(state, loader, self.steps):  # noqa: B020
-                numbers = host_metrics(metrics)
-                timer.count_tokens(tokens)
-                self._guard(step, numbers, watch)
-                row = numbers | {"epoch": step / loader.steps_per_epoch, "tokens_per_second": timer.tokens_per_second}
-                last = step == self.steps
-                evaluated = not last and is_due(config.train.eval_every, step, loader.steps_per_epoch)
-                if evaluated:
-                    row |= self.evaluate(state)
-                if evaluated or last or step % tracking.log_every == 0:
-                    writer.write(step, row)
+                # The metrics of the update before are read now that this one is on its way.
+                if late is not None:
+                    report(late)
+                late, last = _Update(step, metrics, tokens), step == self.steps
+                if not last and is_due(config.train.eval_every, step, loader.steps_per_epoch):
+                    late = late._replace(evaluation=self.evaluate(state))
+                if step == 1 or last or late.evaluation:
+                    report(late)
+                    late = None
                 if last or is_due(config.checkpoint.every_steps, step, loader.steps_per_epoch):
                     items = {"params": state.params, "optimizer": state.opt_state}
                     checkpointer.save(step, items, meta | {"step": step, "next_batch": step})
-                bar.advance(1, f"loss {numbers['loss']:.4f}, margin {numbers['rewards/margins']:+.4f}")
             checkpointer.wait()
         return state
 
@@ -177,7 +178,7 @@ class _Stage:
         scores = self._score(state.params, self.test, "held-out pairs")
         return evaluate_scores(scores, self.ref.logps[len(self.train) :], self.config.train)
 
-    def _guard(self, step: int, numbers: dict[str, float], watch: RewardWatch) -> None:
+    def guard(self, step: int, numbers: dict[str, float], watch: RewardWatch) -> None:
         train = self.config.train
         if step == 1 and self.job.reference_dir == self.job.model_dir:
             check_first_loss(numbers, train, self.config.model.compute_dtype)
@@ -189,7 +190,7 @@ class _Stage:
 
     def _reference(self, params: Any) -> RefLogps:
         """Of the pairs to train on, in the batches of the first epoch, then of the held-out ones."""
-        loader = build_loader(self.config, self.train)
+        loader = build_loader(self.config, self.trainer.mesh, self.train)
         with stage_progress("reference log-probs", len(self.train), "pairs", console=self.console) as bar:
             train = self.trainer.score_pairs(params, loader, bar.advance, as_trained=True)
         if not self.test:
@@ -201,7 +202,15 @@ class _Stage:
         """Scores of pairs, in batches for passes without gradient; each is one micro-batch."""
         t = self.config.train
         size = t.eval_batch_size or t.batch_size // t.accumulation_steps
-        loader = PairLoader(pairs, np.zeros((len(pairs), 2)), size, 1, self.config.data.max_length)
+        loader = PairLoader(
+            pairs,
+            np.zeros((len(pairs), 2)),
+            size,
+            1,
+            self.config.data.max_length,
+            ways=batch_ways(self.trainer.mesh),
+            tokens_per_device=t.tokens_per_device,
+        )
         with stage_progress(what, len(pairs), "pairs", console=self.console) as bar:
             return self.trainer.score_pairs(params, loader, bar.advance)
 
@@ -213,14 +222,46 @@ class _Stage:
         ).params
 
 
+class _Update(NamedTuple):
+    """An update on its way: its metrics are still on the device."""
+
+    step: int
+    metrics: Metrics
+    tokens: int
+    evaluation: dict[str, float] = {}  # noqa: RUF012
+
+
+@final
+@dataclass(frozen=True)
+class _Report:
+    """Waits for the metrics of an update; guards, writes and shows them."""
+
+    stage: _Stage
+    writer: MetricsWriter
+    watch: RewardWatch
+    bar: StageProgress
+    timer: StageTimer
+    steps_per_epoch: int
+
+    def __call__(self, update: _Update) -> None:
+        numbers = host_metrics(update.metrics)
+        self.timer.count_tokens(update.tokens)
+        self.stage.guard(update.step, numbers, self.watch)
+        row = {"epoch": update.step / self.steps_per_epoch, "tokens_per_second": self.timer.tokens_per_second}
+        last = update.step == self.stage.steps
+        if update.evaluation or last or update.step % self.stage.config.tracking.log_every == 0:
+            self.writer.write(update.step, numbers | row | update.evaluation)
+        self.bar.advance(1, f"loss {numbers['loss']:.4f}, margin {numbers['rewards/margins']:+.4f}")
+
+
 def build_trainer(config: RunConfig, model_dir: Path, mesh: Mesh, steps: int) -> Trainer:
     """The trainer of a stage of `steps` updates that starts from `model_dir`, as the config wants it."""
     architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(model_dir))
     graphdef, declared = declare_qwen(architecture, jnp.dtype(config.model.compute_dtype))
-    return Trainer(graphdef, declared, mesh, config.train, config.model.remat, steps)
+    return Trainer(graphdef, declared, mesh, config.train, config.model.remat, steps, config.model.attention)
 
 
-def build_loader(config: RunConfig, pairs: list[TokenizedPair], ref: RefLogps | None = None) -> PairLoader:
+def build_loader(config: RunConfig, mesh: Mesh, pairs: list[TokenizedPair], ref: RefLogps | None = None) -> PairLoader:
     """The loader of the pairs to train on. `ref` may go on after the pairs; None: zeros, for the reference pass."""
     t, count = config.train, len(pairs)
     zeros = np.zeros((count, 2))
@@ -234,6 +275,8 @@ def build_loader(config: RunConfig, pairs: list[TokenizedPair], ref: RefLogps | 
         group_cut=build_rules(config.data).truncation.group_cut,
         group_size=t.group_size,
         ref_last_logps=zeros if ref is None else ref.last_logps[:count],
+        ways=batch_ways(mesh),
+        tokens_per_device=t.tokens_per_device,
     )
 
 

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+from rich.console import Console
+
 from drift_jax.config import RunConfig
 from drift_jax.data.pairs import TokenizedPair, TruncationCounts, count_truncation, tokenize_pair
 from drift_jax.data.rules import build_rules
+from drift_jax.data.token_cache import FORMAT, TokenizedRows, cache_path, read_tokens, write_tokens
 from drift_jax.data.tokenizer import ChatTokenizer
 from drift_jax.errors import DataError
 from drift_jax.guards import emptied_warning
+from drift_jax.manifest import config_slice
+from drift_jax.progress import stage_progress
 from drift_jax.records import read_pairs
 from drift_jax.stages.inputs import report_refused
+
+# What of the config shapes the tokens of a file of pairs.
+TOKEN_KEYS = (
+    "data.max_length",
+    "data.max_prompt_length",
+    "data.template",
+    "data.eos",
+    "data.truncation",
+    "data.on_bad_row",
+)
+_LIBRARIES = ("tokenizers", "transformers", "jinja2")  # they render templates and apply the tokenizer's rules
+_WORTH_A_BAR = 1000  # pairs; fewer take about a second
 
 
 @dataclass(frozen=True)
@@ -34,28 +55,85 @@ class TokenizedFile:
         return emptied_warning(self.emptied, len(self.pairs) + len(self.emptied), what)
 
 
-def load_tokenized(config: RunConfig, path: Path | None, tokenizer: ChatTokenizer) -> TokenizedFile:
+def load_tokenized(
+    config: RunConfig,
+    path: Path | None,
+    tokenizer: ChatTokenizer,
+    cache_dir: Path | None = None,
+    console: Console | None = None,
+) -> TokenizedFile:
     """Reads pairs and makes ids of them by the rules that the config names; no path: no pairs.
 
     A pair of which a completion was cut away entirely is left out, as TRL does since 0.29: no token of it could be
     learnt, yet it would count in the mean.
 
+    Args:
+      cache_dir: where the ids are kept for the next call with the same pairs, config and tokenizer; None: nowhere.
+
     Raises:
       DataError: pairs cannot be encoded, and bad rows are not to be skipped.
+      StageError: `cache_dir` cannot be written.
     """
     if path is None:
         return TokenizedFile([], TruncationCounts())
+    console = console or Console(emoji=False)
+    if cache_dir is None:
+        rows = _tokenize(config, path, tokenizer, console)
+    else:
+        rows = _tokenize_once(config, path, tokenizer, cache_dir, console)
+    kept = [pair for pair in rows.pairs if not pair.emptied]
+    emptied = tuple(pair.id for pair in rows.pairs if pair.emptied)
+    return TokenizedFile(kept, count_truncation(rows.pairs), rows.refused, emptied)
+
+
+def token_key(config: RunConfig, path: Path, tokenizer: ChatTokenizer) -> str:
+    """sha256 of all that shapes the tokens of a file. Raises `DataError` when the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            pairs = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+    parts = {
+        "format": FORMAT,
+        "pairs": pairs,
+        "config": config_slice(config, TOKEN_KEYS),
+        "tokenizer": tokenizer.content_hash,
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenize_once(
+    config: RunConfig, path: Path, tokenizer: ChatTokenizer, cache_dir: Path, console: Console
+) -> TokenizedRows:
+    key = token_key(config, path, tokenizer)
+    cached = cache_path(cache_dir, path.stem, key)
+    try:
+        rows = read_tokens(cached, key)
+    except DataError as error:
+        console.print(f"{error}; tokenising again", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        rows = None
+    if rows is None:
+        rows = _tokenize(config, path, tokenizer, console)
+        if jax.process_index() == 0:  # processes of other hosts may share the directory
+            write_tokens(cached, key, rows)
+    return rows
+
+
+def _tokenize(config: RunConfig, path: Path, tokenizer: ChatTokenizer, console: Console) -> TokenizedRows:
     data, rules = config.data, build_rules(config.data)
+    records = read_pairs(path, data.on_bad_row).records
     tokenized, refused = [], []
-    for pair in read_pairs(path, data.on_bad_row).records:
-        try:
-            tokenized.append(tokenize_pair(pair, tokenizer, data.max_prompt_length, data.max_length, rules))
-        except DataError as error:
-            refused.append(str(error))
+    shown = console if len(records) >= _WORTH_A_BAR else Console(quiet=True)
+    with stage_progress(f"tokenising {path.name}", len(records), "pairs", console=shown) as bar:
+        for pair in records:
+            try:
+                tokenized.append(tokenize_pair(pair, tokenizer, data.max_prompt_length, data.max_length, rules))
+            except DataError as error:
+                refused.append(str(error))
+            bar.advance()
     report_refused(refused, config)
-    kept = [pair for pair in tokenized if not pair.emptied]
-    emptied = tuple(pair.id for pair in tokenized if pair.emptied)
-    return TokenizedFile(kept, count_truncation(tokenized), tuple(refused), emptied)
+    return TokenizedRows(tokenized, tuple(refused))
 
 
 def describe_rules(config: RunConfig) -> str:

@@ -1,0 +1,138 @@
+"""Which pairs share a row, and how long and how many the rows of a micro-batch are.
+
+Everything here is arithmetic on lengths: no ids, no state. Few shapes are used in a whole stage, because every shape
+is a program to compile; how many micro-batches of that shape an update takes costs no program.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Row lengths are multiples of this: the kernels' smallest blocks.
+ROW_MULTIPLE = 128
+# Rows longer than any pair, which pack better, are multiples of the kernels' largest blocks. Beyond the last one,
+# attention in XLA takes more memory than all the rest.
+_LONG_MULTIPLE, _LONGEST_ROW = 512, 8192
+# A token of a row this long costs twice as much: the work of attention in XLA, and the overhead of kernels, grows with
+# the row. Longer rows are taken where they save more tokens than that.
+_DOUBLE_COST = 65536
+# Tokens of a micro-batch on one device. More only costs memory; fewer leave matrices too thin.
+_MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
+# Every micro-batch goes through all weights and gradients, which takes an accelerator about as long as so many tokens:
+# some 25 bytes against 8 FLOPs a token of every parameter, on an H100 and on a TPU v5e.
+_MICRO_BATCH_COST = 512
+# Shapes are planned on so many updates at most, spread evenly over the stage.
+_MOST_PLANNED = 256
+_MOST_SHAPES = 3
+# A further shape must save this share of all computed tokens to be worth its compilation.
+_WORTHWHILE = 0.01
+
+
+class BatchShape(NamedTuple):
+    """Rows of a micro-batch over all devices, and their length in tokens."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def token_budget(longest: int, pairs_per_device: int) -> int:
+    """Tokens of a micro-batch on one device when none are set: room for its pairs, were all of them the longest."""
+    return min(pairs_per_device * longest, max(longest, _MOST_TOKENS))
+
+
+def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Indices of pairs per row, by best fit in order of decreasing length (ties: the earlier index first).
+
+    Raises:
+      ValueError: a pair is longer than a row.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        size = lengths[index]
+        if size > row_length:
+            raise ValueError(f"a pair of {size} tokens does not fit in a row of {row_length}")
+        tightest = bisect_left(rooms, (size, -1))
+        if tightest < len(rooms):
+            left, row = rooms.pop(tightest)
+        else:
+            left, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        insort(rooms, (left - size, row))
+    return rows
+
+
+def count_micro_batches(lengths: Sequence[int], shape: BatchShape) -> int:
+    """Micro-batches of this shape that the pairs of one update take."""
+    return -(-len(pack_rows(lengths, shape.length)) // shape.rows)
+
+
+def plan_shapes(batches: Sequence[Sequence[int]], ways: int, budget: int) -> tuple[BatchShape, ...]:
+    """The few shapes with which the updates of a stage cost the least.
+
+    Args:
+      batches: the lengths of each update's pairs.
+      ways: into how many parts the mesh splits rows; every shape's rows are a multiple of it.
+      budget: tokens of a micro-batch on one device; exceeded only where a pair alone is longer.
+    """
+    longest = max(max(lengths) for lengths in batches)
+    costs = _tabulate(batches[:: -(-len(batches) // _MOST_PLANNED)], _candidates(longest, ways, budget), ways)
+    # The first shape must take every pair of the stage, those of later epochs' batches included.
+    whole = [shape for shape in costs if shape.length >= longest]
+    chosen = [min(whole, key=lambda shape: (sum(costs[shape]), -shape.tokens))]
+    best = costs[chosen[0]]
+    while len(chosen) < _MOST_SHAPES:
+        totals = {shape: sum(map(min, best, costs[shape])) for shape in costs}
+        shape = min(totals, key=lambda shape: (totals[shape], -shape.tokens))
+        if totals[shape] > (1 - _WORTHWHILE) * sum(best):
+            break
+        chosen.append(shape)
+        best = list(map(min, best, costs[shape]))
+    return tuple(chosen)
+
+
+def choose_shape(lengths: Sequence[int], shapes: Sequence[BatchShape], ways: int) -> BatchShape:
+    """Of the stage's shapes the one in which an update's pairs cost the least; `ways` as in `plan_shapes`."""
+    costs = _tabulate([lengths], shapes, ways)
+    return min(shapes, key=lambda shape: costs[shape][0])
+
+
+def _candidates(longest: int, ways: int, budget: int) -> list[BatchShape]:
+    """Rows of half the longest pair to several pairs; as many as the budget holds, or half as many, or some tokens."""
+    lengths = {round_up(longest * eighths // 8, ROW_MULTIPLE) for eighths in range(4, 9)}
+    lengths |= set(range(round_up(longest, _LONG_MULTIPLE), min(budget, _LONGEST_ROW) + 1, _LONG_MULTIPLE))
+    shapes = []
+    for length in sorted(lengths, reverse=True):
+        most = max(1, budget // length)
+        fewest = min(-(-most // 2), -(-_FEWEST_TOKENS // length))
+        shapes += [BatchShape(ways * count, length) for count in range(most, fewest - 1, -1)]
+    return shapes
+
+
+def _tabulate(
+    batches: Sequence[Sequence[int]], shapes: Sequence[BatchShape], ways: int
+) -> dict[BatchShape, list[float]]:
+    """What each update costs in each shape, in tokens of short rows; infinite where a pair does not fit."""
+    lengths = {shape.length for shape in shapes}
+    rows = {length: [_count_rows(pairs, length) for pairs in batches] for length in lengths}
+    costs = {}
+    for shape in shapes:
+        one = shape.tokens * (1 + shape.length / _DOUBLE_COST) + ways * _MICRO_BATCH_COST
+        costs[shape] = [-(-count // shape.rows) * one for count in rows[shape.length]]
+    return costs
+
+
+def _count_rows(lengths: Sequence[int], row_length: int) -> float:
+    return len(pack_rows(lengths, row_length)) if max(lengths) <= row_length else math.inf
