@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from drift_jax.config import MeshConfig
@@ -150,6 +150,7 @@ ROWS = st.lists(st.lists(st.tuples(SIDES, SIDES, SIDES).filter(any), max_size=6)
 
 @settings(deadline=None, max_examples=60)
 @given(ROWS)
+@example([[(3, 0, 0), (2, 1, 1)], [(0, 2, 2), (4, 0, 3), (1, 3, 0), (0, 0, 1)]])
 def test_intervals_are_the_spans_of_the_moved_row(rows: list[list[Pair]]) -> None:
     """Also with empty prompts and sides: every pair of tokens sees each other, or not, as before."""
     length = 64

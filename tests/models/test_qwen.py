@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -147,6 +148,12 @@ def next_token_loss(graphdef, params: Any, grads: Any, ids: jax.Array, remat: st
     return -token_logps(hidden, model.output_table, *lists, model.output_grads(grads)).mean()
 
 
+@partial(jax.jit, static_argnums=(0, 4))
+def gradients(graphdef, params: Any, grads: Any, ids: jax.Array, remat: str) -> Any:
+    """Of the parameters, added to `grads` if there are any."""
+    return jax.grad(next_token_loss, 1 if grads is None else 2)(graphdef, params, grads, ids, remat)
+
+
 def assert_close(seen: Any, expected: Any) -> None:
     for a, b in zip(*map(jax.tree.leaves, (seen, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -178,16 +185,23 @@ def test_gradients_equal_transformers(model_dir: Path, remat: str) -> None:
         np.testing.assert_allclose(seen, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("remat", REMAT)
-def test_gradients_so_far_grow_by_those_of_the_model(model_dir: Path, remat: str) -> None:
+def test_gradients_so_far_grow_by_those_of_the_model(model_dir: Path) -> None:
     """Every parameter's gradient goes to its sum once; a tied table has two uses and is counted once."""
     ids = jnp.asarray(random_ids(2, 16))
     graphdef, params = load(model_dir)
-    own = jax.jit(jax.grad(next_token_loss, 1), static_argnums=(0, 4))(graphdef, params, None, ids, remat)
+    own = gradients(graphdef, params, None, ids, "layer")
     so_far = jax.tree.map(lambda p: jnp.full_like(p, 0.25), params)
-    both = jax.jit(jax.grad(next_token_loss, (1, 2)), static_argnums=(0, 4))(graphdef, params, so_far, ids, remat)
-    assert_close(both[1], jax.tree.map(jnp.add, so_far, own))
-    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(both[0]))
+    assert_close(gradients(graphdef, params, so_far, ids, "layer"), jax.tree.map(jnp.add, so_far, own))
+
+
+def test_with_gradients_so_far_the_parameters_themselves_have_none(model_dir: Path) -> None:
+    """Else what is differentiated with respect to both would be counted twice."""
+    graphdef, params = load(model_dir)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    own = jax.jit(jax.grad(next_token_loss, 1), static_argnums=(0, 4))(
+        graphdef, params, zeros, jnp.asarray(random_ids(2, 16)), "layer"
+    )
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(own))
 
 
 def test_a_tied_table_whose_sum_is_counted_twice_is_seen(tmp_path: Path) -> None:
@@ -195,24 +209,23 @@ def test_a_tied_table_whose_sum_is_counted_twice_is_seen(tmp_path: Path) -> None
     ids = jnp.asarray(random_ids(2, 16))
     graphdef, params = load(build_tiny_model(tmp_path / "tied", "qwen2", tied=True))
     so_far = jax.tree.map(lambda p: jnp.full_like(p, 0.25), params)
-    right = jax.grad(next_token_loss, 2)(graphdef, params, so_far, ids, "none")
+    right = gradients(graphdef, params, so_far, ids, "none")
     with patch("drift_jax.models.qwen.from_zero", lambda grads: grads):
-        wrong = jax.grad(next_token_loss, 2)(graphdef, params, so_far, ids, "none")
+        wrong = jax.jit(jax.grad(next_token_loss, 2), static_argnums=(0, 4))(graphdef, params, so_far, ids, "none")
     np.testing.assert_allclose(wrong["embed"] - right["embed"], 0.25, atol=1e-5)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
 def test_gradients_do_not_depend_on_the_mesh(model_dir: Path, sizes: tuple[int, int, int]) -> None:
     ids = jnp.asarray(random_ids(8, 16))
     graphdef, params = load(model_dir)
-    expected = jax.grad(next_token_loss, 1)(graphdef, params, None, ids, "none")
+    expected = gradients(graphdef, params, None, ids, "layer")
     mesh = build_mesh(MeshConfig(*sizes))
     _, split = load(model_dir, mesh)
-    zeros = jax.tree.map(jnp.zeros_like, split)
     with jax.set_mesh(mesh):
-        function = jax.jit(jax.grad(next_token_loss, 2), static_argnums=(0, 4))
-        grads = jax.device_get(function(graphdef, split, zeros, ids, "layer"))
-    assert_close(grads, expected)
+        grads = gradients(graphdef, split, jax.tree.map(jnp.zeros_like, split), ids, "layer")
+    assert_close(jax.device_get(grads), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
