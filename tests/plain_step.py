@@ -91,15 +91,16 @@ def plain_loss(
     graphdef: Any, config: TrainConfig, params: dict[str, Any], batch: PlainBatch
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PlainScores]]:
     """Loss; metrics under TRL's names, and scores of the pairs."""
-    count, _, length = batch.ids.shape
+    length = batch.ids.shape[-1]
     token_logps = plain_token_logps(graphdef, params, batch.ids.reshape(-1, length)).reshape(batch.ids.shape)
     logps = jnp.where(batch.counted, token_logps, 0.0).sum(-1)
     last = (jnp.arange(length) == batch.sizes[..., None] - 1) & batch.counted
     rewards = config.beta * (logps - batch.ref_logps)
     scores = PlainScores(logps, jnp.where(last, token_logps, 0.0).sum(-1), rewards)
     margins = rewards[:, 0] - rewards[:, 1]
-    sigmoid = jax.nn.sigmoid(margins)
-    losses = -(1 - config.label_smoothing) * jnp.log(sigmoid) - config.label_smoothing * jnp.log(1 - sigmoid)
+    # log(1 + exp(-x)) is -log sigmoid(x).
+    losses = (1 - config.label_smoothing) * jnp.logaddexp(0.0, -margins)
+    losses += config.label_smoothing * jnp.logaddexp(0.0, margins)
 
     def mean(values: jax.Array) -> jax.Array:
         return jnp.where(batch.real, values, 0.0).sum() / batch.real.sum()

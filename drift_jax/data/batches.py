@@ -49,7 +49,7 @@ _ROWS: Dims = (None, "batch", "length")
 def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
     """Placements: rows split over the mesh, the values of pairs on every device."""
 
-    def place(array: np.ndarray) -> NamedSharding:
+    def place(array: np.ndarray | np.generic) -> NamedSharding:
         dims = _ROWS if array.ndim == len(_ROWS) else (None,) * array.ndim
         return build_sharding(mesh, dims, array.shape, name="batch")
 
@@ -138,7 +138,7 @@ class PairLoader:
     def _lengths(self, rows: Int[np.ndarray, "R"]) -> list[int]:
         return [pair_tokens(self.pairs[row]) for row in rows]
 
-    def _plan(self, batches: Sequence[Int[np.ndarray, "R"]]) -> tuple[BatchShape, ...]:
+    def _plan(self, batches: Sequence[Int[np.ndarray, "_"]]) -> tuple[BatchShape, ...]:
         lengths = [self._lengths(rows) for rows in batches]
         per_device = max(1, self.batch_size // self.accumulation_steps // self.ways)
         budget = self.tokens_per_device or token_budget(max(map(max, lengths)), per_device)

@@ -106,8 +106,8 @@ class Attention(nnx.Module):
                 setattr(self, f"{name}_norm", scale)
         self.o = _weight(
             rngs,
-            ("layers", "heads", "head_dim", "embed"),
-            (layers, c.heads, c.head_dim, c.embed),
+            ("layers", "embed", "heads", "head_dim"),
+            (layers, c.embed, c.heads, c.head_dim),
             "model.layers.{}.self_attn.o_proj.weight",
             (("embed",), ("heads", "head_dim")),
             0.02,
@@ -132,24 +132,24 @@ class Attention(nnx.Module):
         return query, key, self.project(x, "v", "kv_heads")
 
     def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        return jnp.einsum("btnh,nhd->btd", mixed, self.o[...].astype(mixed.dtype))
+        return jnp.einsum("btnh,dnh->btd", mixed, self.o[...].astype(mixed.dtype))
 
 
 @final
 class Mlp(nnx.Module):
     def __init__(self, config: QwenConfig, rngs: nnx.Rngs) -> None:
         c, hf = config, "model.layers.{}.mlp"
-        into, out = ("layers", "embed", "mlp"), ("layers", "mlp", "embed")
+        # `down` too has `mlp` last: a chip's short slice of `embed` would be padded there, and copied to be rid of it.
+        dims = ("layers", "embed", "mlp")
         shape = (c.layers, c.embed, c.mlp)
-        self.gate = _weight(rngs, into, shape, f"{hf}.gate_proj.weight", (("mlp",), ("embed",)), 0.02)
-        self.up = _weight(rngs, into, shape, f"{hf}.up_proj.weight", (("mlp",), ("embed",)), 0.02)
-        shape = (c.layers, c.mlp, c.embed)
-        self.down = _weight(rngs, out, shape, f"{hf}.down_proj.weight", (("embed",), ("mlp",)), 0.02)
+        self.gate = _weight(rngs, dims, shape, f"{hf}.gate_proj.weight", (("mlp",), ("embed",)), 0.02)
+        self.up = _weight(rngs, dims, shape, f"{hf}.up_proj.weight", (("mlp",), ("embed",)), 0.02)
+        self.down = _weight(rngs, dims, shape, f"{hf}.down_proj.weight", (("embed",), ("mlp",)), 0.02)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
         wide = jax.nn.silu(jnp.einsum("btd,df->btf", x, gate)) * jnp.einsum("btd,df->btf", x, up)
-        return jnp.einsum("btf,fd->btd", constrain(wide, "batch", "length", "mlp"), down)
+        return jnp.einsum("btf,df->btd", constrain(wide, "batch", "length", "mlp"), down)
 
 
 @final

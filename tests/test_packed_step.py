@@ -1,0 +1,235 @@
+"""The packed step with shared prompts equals the plain `[B, 2, T]` one, whatever the pairs and their packing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drift_jax.config import MeshConfig, TrainConfig
+from drift_jax.data.batches import PairBatch, PairLoader, put_batch
+from drift_jax.data.pairs import TokenizedPair
+from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
+from drift_jax.models.intervals import KeySpans
+from drift_jax.models.qwen import declare_qwen
+from drift_jax.sharding import build_mesh
+from drift_jax.train import Trainer, host_metrics, loss_and_grads
+from tests.plain_step import PlainScores, plain_batch, plain_step
+from tests.tiny_models import VOCAB, build_tiny_model
+
+CONFIG = TrainConfig(beta=0.1, label_smoothing=0.1, rpo_alpha=0.5, batch_size=8, warmup_ratio=0.0)
+LONGEST = 24  # tokens of a part; one pair has three parts of that, so that few shapes are planned
+ROW = 2 * LONGEST  # tokens of a plain row
+RTOL = 1e-5
+# Of the longest pair and a row length of 128: one row a micro-batch, or as many as the update needs, or in between.
+LAYOUTS = ((8, 1, None), (8, 4, None), (4, 1, None), (8, 1, 128), (3, 1, 256))  # pairs, accumulation steps, tokens
+
+
+class Scene(NamedTuple):
+    """A tiny model and the two steps."""
+
+    trainer: Trainer
+    params: dict[str, Any]
+    packed: Callable[..., Any]
+    plain: Callable[..., Any]
+    model_dir: Path
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def build_scene(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[TrainConfig], Scene]:
+    kind = request.param
+    model_dir = build_tiny_model(
+        tmp_path_factory.mktemp("policy") / "m", kind, tied=kind == "qwen2", num_hidden_layers=2
+    )
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    declared, params = declare_qwen(load_qwen_config(model_dir)), load_params(model_dir, mesh)
+
+    @cache
+    def build(config: TrainConfig) -> Scene:
+        trainer = Trainer(*declared, mesh, config, "layer", total_steps=10)
+        packed = jax.jit(partial(loss_and_grads, trainer.setup))
+        return Scene(trainer, params, packed, plain_step(declared[0], config), model_dir)
+
+    return build
+
+
+def make_pairs(lengths: list[tuple[int, int, int]], seed: int) -> list[TokenizedPair]:
+    """Pairs of random ids, of which the first is as long as pairs here become."""
+    rng = np.random.default_rng(seed)
+    parts = [[rng.integers(0, VOCAB, size).astype(np.int32) for size in sizes] for sizes in [(LONGEST,) * 3, *lengths]]
+    return [TokenizedPair(f"p{i}", *ids) for i, ids in enumerate(parts)]
+
+
+def score_plainly(scene: Scene, pairs: list[TokenizedPair], ref_logps: np.ndarray) -> tuple[Any, Any, PlainScores]:
+    metrics, grads, scores = scene.plain(scene.params, plain_batch(pairs, ref_logps, 8, ROW))
+    return host_metrics(metrics), grads, PlainScores(*(np.asarray(x)[: len(pairs)] for x in scores))
+
+
+def reference_near(scene: Scene, pairs: list[TokenizedPair], seed: int) -> np.ndarray:
+    """Log-probs of a reference that differs by up to 20 nats from the policy: rewards of up to 2, no sigmoid flat."""
+    logps = score_plainly(scene, pairs, np.zeros((len(pairs), 2)))[2].logps
+    return np.float32(logps + np.random.default_rng(seed).uniform(-20, 20, logps.shape))
+
+
+def run_packed(scene: Scene, batch: PairBatch) -> tuple[dict[str, float], dict[str, Any]]:
+    with jax.set_mesh(scene.trainer.mesh):
+        metrics, grads = scene.packed(scene.params, put_batch(batch, scene.trainer.mesh))
+    return host_metrics(metrics), grads
+
+
+def worst_metric(found: dict[str, float], expected: dict[str, float], beta: float = CONFIG.beta) -> tuple[float, str]:
+    """Relative; a reward is beta times a difference of log-probs, and relative to at least beta times one of them."""
+    assert found.keys() == expected.keys()
+    scales = {name: abs(value) for name, value in expected.items()}
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        logps = max(abs(expected["logps/chosen"]), abs(expected["logps/rejected"]))
+        scales[name] = max(scales[name], beta * logps)
+    # An accuracy of 0 is 0 on both sides.
+    return max((abs(found[name] - expected[name]) / (scales[name] or 1.0), name) for name in expected)
+
+
+def worst_gradient(scene: Scene, found: Any, expected: Any) -> tuple[float, str]:
+    """Of each tensor the norm of the difference over its norm, or over 1e-4 of that of all: where prompts and
+    completions have one token only, queries and keys have no gradient but rounding."""
+    config = load_qwen_config(scene.model_dir)
+    ours, theirs = ({n: make() for n, _, make in iterate_hf_tensors(g, config, "float32")} for g in (found, expected))
+    floor = 1e-4 * np.sqrt(sum(np.linalg.norm(value) ** 2 for value in theirs.values()))
+    errors = {n: np.linalg.norm(ours[n] - v) / max(np.linalg.norm(v), floor) for n, v in theirs.items()}
+    return max((float(error), name) for name, error in errors.items())
+
+
+lengths = st.lists(st.tuples(*[st.integers(1, LONGEST)] * 3), max_size=7)
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=lengths, layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**32 - 1))
+def test_packed_equals_plain(
+    build_scene: Any, lengths: list[tuple[int, int, int]], layout: tuple[int, int, int | None], seed: int
+) -> None:
+    """All updates of an epoch: loss, metrics and every gradient."""
+    scene, pairs = build_scene(CONFIG), make_pairs(lengths, seed)
+    ref_logps = reference_near(scene, pairs, seed)
+    size, accumulation, tokens = layout
+    loader = PairLoader(pairs, ref_logps, size, accumulation, ROW, seed % 100, tokens_per_device=tokens)
+    for step in range(loader.steps_per_epoch):
+        rows = loader._rows_of(step)
+        expected, expected_grads, _ = score_plainly(scene, [pairs[row] for row in rows], ref_logps[rows])
+        metrics, grads = run_packed(scene, loader.shuffled(step))
+        assert worst_metric(metrics, expected) < (RTOL, "")
+        assert worst_gradient(scene, grads, expected_grads) < (RTOL, "")
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=lengths, layout=st.sampled_from(LAYOUTS), as_trained=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_the_reference_pass_equals_plain(
+    build_scene: Any,
+    lengths: list[tuple[int, int, int]],
+    layout: tuple[int, int, int | None],
+    as_trained: bool,
+    seed: int,
+) -> None:
+    """Log-probs of each completion and of its last token, NLL and tokens, in both orders of pairs; and rewards."""
+    scene, pairs = build_scene(CONFIG), make_pairs(lengths, seed)
+    ref_logps = reference_near(scene, pairs, seed)
+    size, accumulation, tokens = layout
+    loader = PairLoader(pairs, ref_logps, size, accumulation, ROW, seed % 100, tokens_per_device=tokens)
+    found = scene.trainer.score_pairs(scene.params, loader, as_trained=as_trained)
+    expected = score_plainly(scene, pairs, ref_logps)[2]
+    np.testing.assert_allclose(found.logps, expected.logps, rtol=RTOL)
+    np.testing.assert_allclose(found.last_logps, expected.last_logps, rtol=RTOL, atol=RTOL)
+    np.testing.assert_allclose(found.nll, -expected.logps[:, 0], rtol=RTOL)
+    np.testing.assert_array_equal(found.tokens, [len(pair.chosen_ids) for pair in pairs])
+    rewards = CONFIG.beta * (found.logps - ref_logps)
+    assert (abs(rewards - expected.rewards) <= RTOL * CONFIG.beta * abs(expected.logps)).all()
+
+
+# --- negative twins -----------------------------------------------------------------------------------------
+
+
+def positions_go_on(batch: PairBatch) -> PairBatch:
+    """The rejected side stands after the chosen one instead of after the prompt."""
+    starts = batch.spans.prompt_start
+    inside = batch.spans.prompt_stop > starts
+    return batch._replace(positions=np.where(inside, np.arange(starts.shape[-1]) - starts, 0).astype(np.int32))
+
+
+def chosen_is_seen(batch: PairBatch) -> PairBatch:
+    """Both sides see from the prompt's end on, so that the rejected one sees the chosen one."""
+    own, stop = batch.spans.own_start, batch.spans.prompt_stop
+    return batch._replace(spans=batch.spans._replace(own_start=np.minimum(own, np.where(stop > 0, stop, own))))
+
+
+def neighbours_are_seen(batch: PairBatch) -> PairBatch:
+    return batch._replace(spans=KeySpans(*(np.zeros_like(bound) for bound in batch.spans)))
+
+
+def sources_are_late(batch: PairBatch) -> PairBatch:
+    """Each token is predicted by itself."""
+    return batch._replace(sources=np.where(batch.owners >= 0, batch.sources + 1, 0))
+
+
+def sides_are_swapped(batch: PairBatch) -> PairBatch:
+    return batch._replace(owners=np.where(batch.owners >= 0, batch.owners ^ 1, -1))
+
+
+MISTAKES = (positions_go_on, chosen_is_seen, neighbours_are_seen, sources_are_late, sides_are_swapped)
+
+
+@pytest.fixture(scope="module")
+def seven_pairs(build_scene: Any) -> tuple[Scene, PairLoader, Any, Any]:
+    scene, rng = build_scene(CONFIG), np.random.default_rng(4)
+    pairs = make_pairs([tuple(rng.integers(4, LONGEST, 3).tolist()) for _ in range(6)], 4)
+    ref_logps = reference_near(scene, pairs, 4)
+    return scene, PairLoader(pairs, ref_logps, 8, 1, ROW), *score_plainly(scene, pairs, ref_logps)[:2]
+
+
+@pytest.mark.parametrize("mistake", [lambda batch: batch, *MISTAKES], ids=lambda change: change.__name__)
+def test_mistakes_are_far_outside(seven_pairs: Any, mistake: Callable[[PairBatch], PairBatch]) -> None:
+    """Without one the loss agrees; with any it is at least 100 tolerances away, some gradient 1000."""
+    scene, loader, expected, expected_grads = seven_pairs
+    metrics, grads = run_packed(scene, mistake(loader.shuffled(0)))
+    error, name = worst_metric(metrics, expected)
+    grad_error, tensor = worst_gradient(scene, grads, expected_grads)
+    if mistake in MISTAKES:
+        assert abs(metrics["loss"] - expected["loss"]) > 100 * RTOL * expected["loss"]
+        assert grad_error > 1000 * RTOL
+    else:
+        assert error < RTOL, name
+        assert grad_error < RTOL, tensor
+
+
+# --- no matter how they are packed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["global_token_mean", "sequence_mean", "group_token_mean"])
+def test_the_loss_does_not_depend_on_packing(build_scene: Any, reduction: str) -> None:
+    """Same pairs, other budgets, for every NLL; TRL's groups are neighbours of the shuffled batch, not of a row."""
+    config = dataclasses.replace(CONFIG, nll_reduction=reduction, nll_tokens="nonzero", group_size=3)
+    scene, rng = build_scene(config), np.random.default_rng(9)
+    pairs = make_pairs([tuple(rng.integers(1, LONGEST, 3).tolist()) for _ in range(7)], 9)
+    for pair in pairs[::2]:
+        pair.chosen_ids[-1] = 0  # the token that `nonzero` leaves out
+    ref_logps = reference_near(scene, pairs, 9)
+    orders = [np.array(loader._rows_of(0)) for loader in [PairLoader(pairs, ref_logps, 8, 1, ROW, seed=2)]]
+    expected, expected_grads, _ = score_plainly(scene, [pairs[i] for i in orders[0]], ref_logps[orders[0]])
+    shapes = set()
+    for tokens in (128, 256, 1024):
+        batch = PairLoader(pairs, ref_logps, 8, 1, ROW, seed=2, tokens_per_device=tokens).shuffled(0)
+        shapes.add(batch.ids.shape)
+        metrics, grads = run_packed(scene, batch)
+        assert worst_metric(metrics, expected) < (RTOL, "")
+        assert worst_gradient(scene, grads, expected_grads) < (RTOL, "")
+    assert len(shapes) == 3
+    in_file_order, _, _ = score_plainly(scene, pairs, ref_logps)
+    moved = abs(in_file_order["nll_loss"] - expected["nll_loss"]) / expected["nll_loss"]
+    assert moved > 1e-3 if reduction == "group_token_mean" else moved < RTOL
