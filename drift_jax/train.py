@@ -115,6 +115,12 @@ def batch_shares(config: TrainConfig, batch: PairBatch) -> LossWeights:
     return normalise_weights(count_weights(tokens, batch.real.astype(jnp.float32), reduction), tokens)
 
 
+def find_homes(batch: PairBatch) -> Int[Array, " N"]:
+    """The micro-batch of each pair; the first one for a pair without a completion token, which still has its loss."""
+    there = jnp.any(batch.owners[..., None] // 2 == jnp.arange(len(batch.real)), axis=(1, 2))
+    return jnp.argmax(there, axis=0)
+
+
 def micro_loss(
     setup: StepSetup,
     params: dict[str, Any],
@@ -124,13 +130,15 @@ def micro_loss(
     ref_logps: Float[Array, "N 2"],
     shares: LossWeights,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """A micro-batch's part of the loss and of the metrics; its gradient goes to `grads`, or to `params` if None."""
+    """A micro-batch's part of the loss and of the metrics; its gradient goes to `grads`, or to `params` if None.
+
+    Args:
+      shares: 0 for pairs of other micro-batches.
+    """
     c, pairs = setup.config, len(ref_logps)
     token_logps = completion_token_logps(setup, params, micro, grads)
     logps = sum_by_completion(token_logps, micro.owners, micro.owners >= 0, pairs)
     nll = -sum_by_completion(token_logps, micro.owners, NLL_TOKENS[c.nll_tokens](micro.targets), pairs)[:, 0]
-    here = jnp.any(micro.owners[..., None] // 2 == jnp.arange(pairs), axis=(0, 1))
-    shares = LossWeights(*(jnp.where(here, share, 0.0) for share in shares))
     scales = {"beta": c.beta, "label_smoothing": c.label_smoothing, "rpo_alpha": c.rpo_alpha}
     return preference_loss(logps, nll, ref_logps, shares, **scales)
 
@@ -140,18 +148,20 @@ def loss_and_grads(setup: StepSetup, params: dict[str, Any], batch: PairBatch) -
 
     Gradients have `gradient_dtype`, and there is one set of them: each micro-batch adds its own in place.
     """
-    shares = batch_shares(setup.config, batch)
+    shares, homes = batch_shares(setup.config, batch), find_homes(batch)
 
-    loss = partial(micro_loss, setup, params, ref_logps=batch.ref_logps, shares=shares)
+    def loss(grads: dict[str, Any], index: Array) -> tuple[Float[Array, ""], Metrics]:
+        mine = LossWeights(*(jnp.where(homes == index, share, 0.0) for share in shares))
+        return micro_loss(setup, params, grads, micro_batch(batch, index), ref_logps=batch.ref_logps, shares=mine)
 
     def one(index: Array, so_far: tuple[Metrics, dict[str, Any]]) -> tuple[Metrics, dict[str, Any]]:
         metrics, grads = so_far
         # With respect to the gradients so far: what comes out is their sum with this micro-batch's (models/stack.py).
-        grads, more = jax.grad(loss, has_aux=True)(grads, micro_batch(batch, index))
+        grads, more = jax.grad(loss, has_aux=True)(grads, index)
         return jax.tree.map(jnp.add, metrics, more), grads
 
     grads = jax.tree.map(lambda p: jnp.zeros(p.shape, setup.config.gradient_dtype), params)
-    _, shapes = jax.eval_shape(loss, grads, micro_batch(batch, jnp.int32(0)))
+    _, shapes = jax.eval_shape(loss, grads, jnp.int32(0))
     metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, batch.micro_batches, one, (metrics, grads))
 

@@ -179,8 +179,8 @@ def run_ours(comparison: Comparison, model_dir: Path) -> Rows:
     config, mesh = comparison.config, build_mesh(comparison.config.mesh, jax.devices()[:1])
     trainer = build_trainer(config, model_dir, mesh, comparison.steps)
     params = load_policy(model_dir, mesh, config.model.compute_dtype).params
-    scores = trainer.score_pairs(params, build_loader(config, comparison.tokenized), as_trained=True)
-    loader = build_loader(config, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
+    scores = trainer.score_pairs(params, build_loader(config, mesh, comparison.tokenized), as_trained=True)
+    loader = build_loader(config, mesh, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
     with stage_progress("drift_jax", comparison.steps, "updates", console=Console(stderr=True)) as bar:
         rows = []
         for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, comparison.steps):

@@ -10,20 +10,21 @@ import jax
 import numpy as np
 import pytest
 
-from drift_jax.config import MeshConfig, RunConfig, TrainConfig, build_config
-from drift_jax.data.batches import PairLoader, put_batch
+from drift_jax.config import MeshConfig, RunConfig, build_config
+from drift_jax.data.batches import put_batch
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.rules import build_rules
 from drift_jax.data.tokenizer import load_tokenizer
-from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
-from drift_jax.models.qwen import declare_qwen
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_mesh
-from drift_jax.train import Trainer, host_metrics, loss_and_grads
+from drift_jax.stages.dpo import build_loader, build_trainer
+from drift_jax.stages.reference import RefLogps
+from drift_jax.train import host_metrics, loss_and_grads
 
 GOLDENS = Path(__file__).parent / "goldens"
 PRESETS = json.loads((GOLDENS / "presets.json").read_text(encoding="utf-8"))
+MODEL = {"path": "unused", "compute_dtype": "float32"}
 SUSPECT = (
     "The loss or a gradient moved. Unless its definition was changed on purpose, this is a bug in the code that was "
     "changed last; do not run `make goldens`. Suspect also a new jax or flax, if that is all that changed. Values of "
@@ -38,14 +39,16 @@ def load_pairs(rows: list[dict]) -> list[TokenizedPair]:
 def test_one_step_equals_the_golden(kind: str) -> None:
     golden = json.loads((GOLDENS / "dpo_step.json").read_text())
     pairs = load_pairs(golden["pairs"])
-    config = TrainConfig(batch_size=len(pairs), **golden["objective"])
+    train = {"batch_size": len(pairs), **golden["objective"]}
+    config = build_config({"run_dir": "unused", "model": MODEL, "train": train})
     mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    qwen = load_qwen_config(GOLDENS / kind)
-    trainer = Trainer(*declare_qwen(qwen), mesh, config, "layer", total_steps=1)
-    loader = PairLoader(pairs, np.array(golden["ref_logps"]), len(pairs), 1, max_length=128)
-    params = load_params(GOLDENS / kind, mesh)
-    metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(loader.shuffled(0), mesh))
-    expected, ours = golden["values"][kind], host_metrics(metrics)
+    trainer, params = build_trainer(config, GOLDENS / kind, mesh, 1), load_params(GOLDENS / kind, mesh)
+    ref = np.array(golden["ref_logps"])
+    loader = build_loader(config, mesh, pairs, RefLogps(ref, np.zeros_like(ref)))
+    with jax.set_mesh(mesh):
+        batch = put_batch(loader.shuffled(0), mesh)
+        metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, batch)
+    expected, ours, qwen = golden["values"][kind], host_metrics(metrics), load_qwen_config(GOLDENS / kind)
     message = SUSPECT + str(golden["made_with"])
     for name, value in expected["metrics"].items():
         assert ours[name] == pytest.approx(value, rel=1e-5), message
@@ -62,7 +65,7 @@ def preset_config(name: str) -> RunConfig:
     return build_config(
         {
             "run_dir": "unused",
-            "model": {"path": "unused"},
+            "model": MODEL,
             "preset": preset,
             "data": data | ({"truncation": truncation} if truncation else {}),
             "train": train | {"seed": settings["seed"]},
@@ -81,13 +84,10 @@ def test_one_update_of_a_preset_equals_the_golden(name: str, tmp_path: Path) -> 
         tokenize_pair(pair, tokenizer, data.max_prompt_length, data.max_length, rules)
         for pair in read_pairs(rows).records
     ]
-    zeros, ref = np.zeros((len(pairs), 2)), np.array(PRESETS["ref_logps"])
-    t, cut = config.train, rules.truncation.group_cut
-    loader = PairLoader(pairs, ref, t.batch_size, 1, data.max_length, t.seed, cut, t.group_size, zeros)
-    qwen = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(GOLDENS / "qwen2"))
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    trainer = Trainer(*declare_qwen(qwen), mesh, t, "layer", total_steps=1)
-    params, batch = load_params(GOLDENS / "qwen2", mesh), loader.shuffled(0)
+    ref = np.array(PRESETS["ref_logps"])
+    mesh, qwen = build_mesh(MeshConfig(), jax.devices()[:1]), load_qwen_config(GOLDENS / "qwen2")
+    trainer, params = build_trainer(config, GOLDENS / "qwen2", mesh, 1), load_params(GOLDENS / "qwen2", mesh)
+    batch = build_loader(config, mesh, pairs, RefLogps(ref, np.zeros_like(ref))).shuffled(0)
     before = jax.tree.map(np.asarray, params)
     with jax.set_mesh(mesh):
         _, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, mesh))

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from drift_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SamplingConfig, TrainConfig, build_config
-from drift_jax.data.batches import epoch_order
+from drift_jax.data.batches import PairBatch, epoch_order
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.prompts import PROMPT_STYLES
 from drift_jax.data.rules import END_RULES, TEMPLATES, TRUNCATIONS, build_rules
@@ -143,20 +143,43 @@ def test_tokens_equal_those_of_old_trl(
     ours = tokenize_all(pairs, config, model_dir)
     hf = PreTrainedTokenizerFast.from_pretrained(model_dir)
     theirs = [old_trl.tokenize(pair_to_row(pair), hf, STACKS[truncation], s) for pair in pairs]
-    loader = build_loader(config, ours)
+    loader = build_loader(config, build_mesh(config.mesh, jax.devices()[:1]), ours)
     for step in range(loader.steps_per_epoch):
-        batch = loader.shuffled(step)
+        sides = unpack(loader.shuffled(step))
         order = epoch_order(len(pairs), config.train.seed, 0)[step * 8 :][:8]
         for start in range(0, 8, old_trl.GROUP):
             ids, attention, mask = old_trl.collate(
                 [theirs[i] for i in order[start : start + old_trl.GROUP]], STACKS[truncation], s
             )
-            rows = [(side, i) for side in (0, 1) for i in range(start, start + old_trl.GROUP)]
-            for k, (side, i) in enumerate(rows):
-                size = int(attention[k].sum())
-                ours_mask = batch.completion_mask[0, i, side]
-                assert batch.ids[0, i, side, :size].tolist() == ids[k, :size].tolist()
-                assert np.flatnonzero(ours_mask).tolist() == torch.nonzero(mask[k])[:, 0].tolist()
+            rows = [(i, side) for side in (0, 1) for i in range(start, start + old_trl.GROUP)]
+            for k, (i, side) in enumerate(rows):
+                (ids_of_side, counted), size = sides[i, side], int(attention[k].sum())
+                # A lost last token is still in our row: it does not count, and nothing sees it.
+                assert ids_of_side[:size] == ids[k, :size].tolist()
+                assert counted == torch.nonzero(mask[k])[:, 0].tolist()
+
+
+def unpack(batch: PairBatch) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+    """(pair, side) -> ids of prompt and completion, and the places in them that count, of a packed batch.
+
+    From what the step looks at: spans say where a side stands, and sources, targets and owners which tokens count.
+    """
+    found = {}
+    for row in np.ndindex(batch.ids.shape[:2]):
+        ids, positions, sources, targets, owners = (
+            array[row] for array in (batch.ids, batch.positions, batch.sources, batch.targets, batch.owners)
+        )
+        first, last, own = (bound[row] for bound in batch.spans)
+        for owner in np.unique(owners[owners >= 0]):
+            listed = sources[owners == owner]
+            start, stop = first[listed[0]], last[listed[0]]
+            begin = max(own[(first == start) & (last == stop)]) if owner % 2 else stop
+            side = np.concatenate([np.arange(start, stop), np.flatnonzero((own == begin) & (last == stop))])
+            assert positions[side].tolist() == list(range(len(side)))
+            counted = positions[listed] + 1
+            assert targets[owners == owner].tolist() == ids[side][counted].tolist()
+            found[divmod(int(owner), 2)] = (ids[side].tolist(), counted.tolist())
+    return found
 
 
 def train_ours(config: RunConfig, pairs: list[Pair], model_dir: Path) -> list[dict[str, float]]:
@@ -164,8 +187,8 @@ def train_ours(config: RunConfig, pairs: list[Pair], model_dir: Path) -> list[di
     steps = config.train.max_steps or 1
     trainer, params = build_trainer(config, model_dir, mesh, steps), load_params(model_dir, mesh)
     tokenized = tokenize_all(pairs, config, model_dir)
-    scores = trainer.score_pairs(params, build_loader(config, tokenized), as_trained=True)
-    loader = build_loader(config, tokenized, RefLogps(scores.logps, scores.last_logps))
+    scores = trainer.score_pairs(params, build_loader(config, mesh, tokenized), as_trained=True)
+    loader = build_loader(config, mesh, tokenized, RefLogps(scores.logps, scores.last_logps))
     return [host_metrics(m) for _, _, m, _ in trainer.fit(trainer.init_state(params), loader, steps)]
 
 

@@ -41,7 +41,6 @@ PAD = 0  # what the loader fills rows with, and here a token like any other too
 # them; each is a difference of logits of order ten, which other row lengths change in their last bits.
 RELATIVE, ABSOLUTE = 2e-6, 1e-5  # of a summed log-prob; nats
 
-
 # Of the rows of a micro-batch, which keys [R, T, T] their queries look at.
 Mask = Callable[[MicroBatch], jax.Array]
 
@@ -123,16 +122,8 @@ class Scorer:
         key = (layout.chunk, layout.by_interval, mask)
         if key not in self.trainers:
             self.trainers[key] = self.build_trainer(backend)
-        loader = ChangedLoader(
-            pairs,
-            np.zeros((len(pairs), 2)),
-            layout.batch_size,
-            1,
-            max_length=512,
-            tokens_per_device=layout.budget,
-            change=change,
-            shuffle=shuffle,
-        )
+        rest = {"max_length": 512, "tokens_per_device": layout.budget, "change": change, "shuffle": shuffle}
+        loader = ChangedLoader(pairs, np.zeros((len(pairs), 2)), layout.batch_size, 1, **rest)
         chunked = partial(token_logps, chunk=layout.chunk)
         with patch("drift_jax.train.token_logps", chunked), patch("drift_jax.train.arrange", arranged):
             return self.trainers[key].score_pairs(self.params, loader, as_trained=shuffle is not None)
@@ -290,6 +281,12 @@ MASKS: dict[str, Mask] = {
 }
 
 
+def padding_sees_the_row(batch: PairBatch) -> PairBatch:
+    """No mistake: what padding looks at is read by nobody."""
+    real = batch.spans.prompt_stop > batch.spans.prompt_start
+    return batch._replace(spans=batch.spans._replace(own_start=np.where(real, batch.spans.own_start, 0)))
+
+
 def known_by_id(batch: PairBatch) -> PairBatch:
     return batch._replace(owners=np.where(batch.targets == PAD, -1, batch.owners))
 
@@ -317,7 +314,7 @@ def positions_by_id(batch: PairBatch) -> PairBatch:
 
 
 BATCHES: dict[str, Callable[[PairBatch], PairBatch]] = {
-    "nothing": lambda batch: batch._replace(positions=batch.positions + (batch.positions >= 512)),
+    "nothing": padding_sees_the_row,
     "positions by id": positions_by_id,
     "a gap in the positions": lambda batch: batch._replace(positions=batch.positions + (batch.positions >= 20)),
     "positions that do not start again": positions_by_place,

@@ -85,6 +85,7 @@ class PairLoader:
     ref_last_logps: Float[np.ndarray, "N 2"] | None = None  # of the last tokens; needed with `group_cut`
     ways: int = 1  # into how many parts the mesh splits the rows
     tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
+    attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.DOUBLE_COST`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,7 +128,7 @@ class PairLoader:
         computed = 0
         for step in range(self.steps_per_epoch):
             lengths = self._lengths(self._rows_of(step))
-            shape = choose_shape(lengths, self.shapes, self.ways)
+            shape = choose_shape(lengths, self.shapes, self.ways, self.attention)
             computed += count_micro_batches(lengths, shape) * shape.tokens
         return sum(map(pair_tokens, self.pairs)) / computed
 
@@ -142,7 +143,7 @@ class PairLoader:
         lengths = [self._lengths(rows) for rows in batches]
         per_device = max(1, self.batch_size // self.accumulation_steps // self.ways)
         budget = self.tokens_per_device or token_budget(max(map(max, lengths)), per_device)
-        return plan_shapes(lengths, self.ways, budget)
+        return plan_shapes(lengths, self.ways, budget, self.attention)
 
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
         """Which completions lose their last token because of their neighbours."""
@@ -160,7 +161,7 @@ class PairLoader:
         self, rows: Int[np.ndarray, "R"], lost_ends: Bool[np.ndarray, "R 2"], shapes: Sequence[BatchShape]
     ) -> PairBatch:
         lengths = self._lengths(rows)
-        shape = choose_shape(lengths, shapes, self.ways)
+        shape = choose_shape(lengths, shapes, self.ways, self.attention)
         ref_logps = np.zeros((self.batch_size, 2), np.float32)
         ref_logps[: len(rows)] = self.ref_logps[rows]
         if self.ref_last_logps is not None:

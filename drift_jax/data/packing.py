@@ -16,9 +16,9 @@ ROW_MULTIPLE = 128
 # Rows longer than any pair, which pack better, are multiples of the kernels' largest blocks. Beyond the last one,
 # attention in XLA takes more memory than all the rest.
 _LONG_MULTIPLE, _LONGEST_ROW = 512, 8192
-# A token of a row this long costs twice as much: the work of attention in XLA, and the overhead of kernels, grows with
-# the row. Longer rows are taken where they save more tokens than that.
-_DOUBLE_COST = 65536
+# A token of a row this long costs twice as much: attention in XLA computes all keys before a query, whosever they are;
+# kernels skip those of other pairs and only have some overhead. Longer rows are taken where they save more than that.
+DOUBLE_COST = {"xla": 4096, "splash": 65536, "triton": 65536}
 # Tokens of a micro-batch on one device. More only costs memory; fewer leave matrices too thin.
 _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
 # Every micro-batch goes through all weights and gradients, which takes an accelerator about as long as so many tokens:
@@ -79,16 +79,20 @@ def count_micro_batches(lengths: Sequence[int], shape: BatchShape) -> int:
     return -(-len(pack_rows(lengths, shape.length)) // shape.rows)
 
 
-def plan_shapes(batches: Sequence[Sequence[int]], ways: int, budget: int) -> tuple[BatchShape, ...]:
+def plan_shapes(
+    batches: Sequence[Sequence[int]], ways: int, budget: int, attention: str = "splash"
+) -> tuple[BatchShape, ...]:
     """The few shapes with which the updates of a stage cost the least.
 
     Args:
       batches: the lengths of each update's pairs.
       ways: into how many parts the mesh splits rows; every shape's rows are a multiple of it.
       budget: tokens of a micro-batch on one device; exceeded only where a pair alone is longer.
+      attention: the back end, a key of `DOUBLE_COST`.
     """
     longest = max(max(lengths) for lengths in batches)
-    costs = _tabulate(batches[:: -(-len(batches) // _MOST_PLANNED)], _candidates(longest, ways, budget), ways)
+    planned = batches[:: -(-len(batches) // _MOST_PLANNED)]
+    costs = _tabulate(planned, _candidates(longest, ways, budget), ways, DOUBLE_COST[attention])
     # The first shape must take every pair of the stage, those of later epochs' batches included.
     whole = [shape for shape in costs if shape.length >= longest]
     chosen = [min(whole, key=lambda shape: (sum(costs[shape]), -shape.tokens))]
@@ -103,9 +107,11 @@ def plan_shapes(batches: Sequence[Sequence[int]], ways: int, budget: int) -> tup
     return tuple(chosen)
 
 
-def choose_shape(lengths: Sequence[int], shapes: Sequence[BatchShape], ways: int) -> BatchShape:
-    """Of the stage's shapes the one in which an update's pairs cost the least; `ways` as in `plan_shapes`."""
-    costs = _tabulate([lengths], shapes, ways)
+def choose_shape(
+    lengths: Sequence[int], shapes: Sequence[BatchShape], ways: int, attention: str = "splash"
+) -> BatchShape:
+    """Of the stage's shapes the one in which an update's pairs cost the least; arguments as of `plan_shapes`."""
+    costs = _tabulate([lengths], shapes, ways, DOUBLE_COST[attention])
     return min(shapes, key=lambda shape: costs[shape][0])
 
 
@@ -122,14 +128,14 @@ def _candidates(longest: int, ways: int, budget: int) -> list[BatchShape]:
 
 
 def _tabulate(
-    batches: Sequence[Sequence[int]], shapes: Sequence[BatchShape], ways: int
+    batches: Sequence[Sequence[int]], shapes: Sequence[BatchShape], ways: int, double_cost: int
 ) -> dict[BatchShape, list[float]]:
     """What each update costs in each shape, in tokens of short rows; infinite where a pair does not fit."""
     lengths = {shape.length for shape in shapes}
     rows = {length: [_count_rows(pairs, length) for pairs in batches] for length in lengths}
     costs = {}
     for shape in shapes:
-        one = shape.tokens * (1 + shape.length / _DOUBLE_COST) + ways * _MICRO_BATCH_COST
+        one = shape.tokens * (1 + shape.length / double_cost) + ways * _MICRO_BATCH_COST
         costs[shape] = [-(-count // shape.rows) * one for count in rows[shape.length]]
     return costs
 

@@ -32,7 +32,7 @@ def token_logps(
     head_grads: Float[Array, "V D"] | None = None,
     chunk: int | None = None,
 ) -> Float[Array, "R C"]:
-    """log p(targets[r, c] | hidden[r, sources[r, c]]) in float32 for c < listed, 0 beyond.
+    """log p(targets[r, c] | hidden[r, sources[r, c]]) in float32 for c < listed; 0 beyond the last chunk begun.
 
     The matmul runs in the dtype of `hidden` and accumulates in float32; log-softmax is float32. Nothing is computed
     for the chunks beyond `listed`, the longest list of a row.

@@ -20,6 +20,7 @@ from drift_jax.data.rules import build_rules
 from drift_jax.errors import DataError
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
+from drift_jax.models.attention import resolve_attention
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
@@ -210,6 +211,7 @@ class _Stage:
             self.config.data.max_length,
             ways=batch_ways(self.trainer.mesh),
             tokens_per_device=t.tokens_per_device,
+            attention=self.trainer.setup.attention.name,
         )
         with stage_progress(what, len(pairs), "pairs", console=self.console) as bar:
             return self.trainer.score_pairs(params, loader, bar.advance)
@@ -277,6 +279,7 @@ def build_loader(config: RunConfig, mesh: Mesh, pairs: list[TokenizedPair], ref:
         ref_last_logps=zeros if ref is None else ref.last_logps[:count],
         ways=batch_ways(mesh),
         tokens_per_device=t.tokens_per_device,
+        attention=resolve_attention(config.model.attention, mesh.devices.flat[0].platform).name,
     )
 
 
