@@ -17,9 +17,15 @@ _COMMON: dict[str, Any] = {
 }
 
 _KEYS = (
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size "
-    "rms_norm_eps tie_word_embeddings"
-).split()
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 
 _SIZES: dict[str, tuple[Any, ...]] = {
     "qwen2.5-0.5b": (896, 24, 14, 2, 4864, 151936, 1e-6, True),

@@ -1,10 +1,10 @@
 """Memory per chip of the real DPO step on a TPU slice that is not there, as one line of JSON.
 
-    python scripts/bench_memory.py --model qwen2.5-7b --topology v5e:4x4 [--pairs 32] [--set train.gradient_dtype=bfloat16]
+    python scripts/bench_memory.py --model qwen2.5-7b --topology v5e:4x4 [--pairs 32] [--set KEY=VALUE ...]
 
-The TPU compiler compiles the very step that `drift train` runs, for the whole slice, on a batch of the worst case: every
-pair with the longest prompt and the longest completions. What does not fit fails with the compiler's own words. Needs
-libtpu (`pip install 'drift-jax[plan]'`), no TPU. Sizes in GiB, time in seconds.
+The TPU compiler compiles the very step that `drift train` runs, for the whole slice, on a batch of the worst case:
+every pair with the longest prompt and the longest completions. What does not fit fails with the compiler's own words.
+Needs libtpu (`pip install 'drift-jax[plan]'`), no TPU. Sizes in GiB, time in seconds.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32, help="pairs of an update")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--completion", type=int, default=1024, help="tokens of each completion")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config keys, as in drift train")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="config keys, as in drift train"
+    )
     parser.add_argument("--hlo", type=Path, help="where the compiled program is written as text")
     args = parser.parse_args()
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

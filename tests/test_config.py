@@ -40,10 +40,12 @@ sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_
 sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.compute_dtype sampling.seed
 train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_tokens train.group_size
 train.epochs train.max_steps train.batch_size
-train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate train.schedule
+train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate
+train.schedule
 train.warmup_ratio train.warmup_steps train.max_grad_norm train.weight_decay
 train.adam_beta1 train.adam_beta2 train.adam_epsilon
-train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype train.eval_every train.seed
+train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype
+train.eval_every train.seed
 mesh.data mesh.fsdp mesh.tensor
 checkpoint.every_steps checkpoint.keep
 export.dtype export.max_shard_gib

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from drift_jax.config import MeshConfig, TrainConfig
@@ -113,6 +113,7 @@ lengths = st.lists(st.tuples(st.integers(1, LONGEST), *[st.integers(0, LONGEST)]
 @KINDS
 @settings(max_examples=12, deadline=None)
 @given(lengths=lengths, layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**32 - 1))
+@example(lengths=[(3, 0, 0), (5, 4, 0), (1, 1, 1)], layout=(8, 1, 128), seed=1)
 def test_packed_equals_plain(
     build_scene: Any, kind: str, lengths: list[tuple[int, int, int]], layout: tuple[int, int, int | None], seed: int
 ) -> None:

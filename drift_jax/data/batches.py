@@ -85,7 +85,7 @@ class PairLoader:
     ref_last_logps: Float[np.ndarray, "N 2"] | None = None  # of the last tokens; needed with `group_cut`
     ways: int = 1  # into how many parts the mesh splits the rows
     tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
-    attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.DOUBLE_COST`
+    attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.COSTS`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -169,7 +169,7 @@ class PairLoader:
         packed = pack_rows(lengths, shape.length)
         micro_batches = -(-len(packed) // shape.rows)
         # As many micro-batches as the update could need at most, so that their number is no part of the shape.
-        empty = _empty_rows((-(-self.batch_size // shape.rows), *shape), self.batch_size)
+        empty = _empty_rows(-(-self.batch_size // shape.rows), shape, self.batch_size)
         batch = empty._replace(ref_logps=ref_logps, micro_batches=np.int32(micro_batches))
         batch.real[: len(rows)] = True
         for i, members in enumerate(packed):
@@ -179,8 +179,9 @@ class PairLoader:
         return batch
 
 
-def _empty_rows(shape: tuple[int, int, int], pairs: int) -> PairBatch:
+def _empty_rows(micro_batches: int, each: BatchShape, pairs: int) -> PairBatch:
     """A batch without pairs: every token is padding that sees itself only."""
+    shape = (micro_batches, each.rows, each.length)
     zeros = [np.zeros(shape, np.int32) for _ in range(4)]
     own = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     ids, positions, sources, targets = zeros

@@ -16,19 +16,26 @@ ROW_MULTIPLE = 128
 # Rows longer than any pair, which pack better, are multiples of the kernels' largest blocks. Beyond the last one,
 # attention in XLA takes more memory than all the rest.
 _LONG_MULTIPLE, _LONGEST_ROW = 512, 8192
-# A token of a row this long costs twice as much: attention in XLA computes all keys before a query, whosever they are;
-# kernels skip those of other pairs and only have some overhead. Longer rows are taken where they save more than that.
-DOUBLE_COST = {"xla": 4096, "splash": 65536, "triton": 65536}
 # Tokens of a micro-batch on one device. More only costs memory; fewer leave matrices too thin.
 _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
-# Every micro-batch goes through all weights and gradients, which takes an accelerator about as long as so many tokens:
-# some 25 bytes against 8 FLOPs a token of every parameter, on an H100 and on a TPU v5e.
-_MICRO_BATCH_COST = 512
 # Shapes are planned on so many updates at most, spread evenly over the stage.
 _MOST_PLANNED = 256
 _MOST_SHAPES = 3
 # A further shape must save this share of all computed tokens to be worth its compilation.
 _WORTHWHILE = 0.01
+
+
+class Costs(NamedTuple):
+    """What a shape costs besides its tokens, in tokens of short rows on one device."""
+
+    double: int  # a token of a row this long costs twice as much
+    micro_batch: int  # every micro-batch goes through all weights and gradients, which takes as long as so many tokens
+
+
+# By attention back end. XLA's, which is the CPU's, computes all keys before a query, whosever they are; kernels skip
+# those of other pairs and only have some overhead. Of every parameter a micro-batch moves some 25 bytes, and a token
+# takes 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU few.
+COSTS = {"xla": Costs(4096, 32), "splash": Costs(65536, 512), "triton": Costs(65536, 512)}
 
 
 class BatchShape(NamedTuple):
@@ -88,11 +95,11 @@ def plan_shapes(
       batches: the lengths of each update's pairs.
       ways: into how many parts the mesh splits rows; every shape's rows are a multiple of it.
       budget: tokens of a micro-batch on one device; exceeded only where a pair alone is longer.
-      attention: the back end, a key of `DOUBLE_COST`.
+      attention: the back end, a key of `COSTS`.
     """
     longest = max(max(lengths) for lengths in batches)
     planned = batches[:: -(-len(batches) // _MOST_PLANNED)]
-    costs = _tabulate(planned, _candidates(longest, ways, budget), ways, DOUBLE_COST[attention])
+    costs = _tabulate(planned, _candidates(longest, ways, budget), ways, COSTS[attention])
     # The first shape must take every pair of the stage, those of later epochs' batches included.
     whole = [shape for shape in costs if shape.length >= longest]
     chosen = [min(whole, key=lambda shape: (sum(costs[shape]), -shape.tokens))]
@@ -111,13 +118,13 @@ def choose_shape(
     lengths: Sequence[int], shapes: Sequence[BatchShape], ways: int, attention: str = "splash"
 ) -> BatchShape:
     """Of the stage's shapes the one in which an update's pairs cost the least; arguments as of `plan_shapes`."""
-    costs = _tabulate([lengths], shapes, ways, DOUBLE_COST[attention])
+    costs = _tabulate([lengths], shapes, ways, COSTS[attention])
     return min(shapes, key=lambda shape: costs[shape][0])
 
 
 def _candidates(longest: int, ways: int, budget: int) -> list[BatchShape]:
     """Rows of half the longest pair to several pairs; as many as the budget holds, or half as many, or some tokens."""
-    lengths = {round_up(longest * eighths // 8, ROW_MULTIPLE) for eighths in range(4, 9)}
+    lengths = {round_up(-(-longest * eighths // 8), ROW_MULTIPLE) for eighths in range(4, 9)}
     lengths |= set(range(round_up(longest, _LONG_MULTIPLE), min(budget, _LONGEST_ROW) + 1, _LONG_MULTIPLE))
     shapes = []
     for length in sorted(lengths, reverse=True):
@@ -128,14 +135,14 @@ def _candidates(longest: int, ways: int, budget: int) -> list[BatchShape]:
 
 
 def _tabulate(
-    batches: Sequence[Sequence[int]], shapes: Sequence[BatchShape], ways: int, double_cost: int
+    batches: Sequence[Sequence[int]], shapes: Sequence[BatchShape], ways: int, extra: Costs
 ) -> dict[BatchShape, list[float]]:
     """What each update costs in each shape, in tokens of short rows; infinite where a pair does not fit."""
     lengths = {shape.length for shape in shapes}
     rows = {length: [_count_rows(pairs, length) for pairs in batches] for length in lengths}
     costs = {}
     for shape in shapes:
-        one = shape.tokens * (1 + shape.length / double_cost) + ways * _MICRO_BATCH_COST
+        one = shape.tokens * (1 + shape.length / extra.double) + ways * extra.micro_batch
         costs[shape] = [-(-count // shape.rows) * one for count in rows[shape.length]]
     return costs
 

@@ -8,7 +8,7 @@ prompt to itself. Kernels mask and skip by that; positions, and with them the ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ class KeySpans(NamedTuple):
     (its own side up to itself). A prompt token's own span starts where its prompt does; a padding token sees itself.
     """
 
-    prompt_start: Int[Array, "B T"]
-    prompt_stop: Int[Array, "B T"]
-    own_start: Int[Array, "B T"]
+    prompt_start: Int[Any, "*A B T"]
+    prompt_stop: Int[Any, "*A B T"]
+    own_start: Int[Any, "*A B T"]
 
 
 class KeyIntervals(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +248,7 @@ class Qwen(nnx.Module):
             return nnx.merge(graphdef, weights)(x, rope, over)[0]
 
         x = self._embed(ids, embed_grads)
-        x = apply_layers(layer, remat, nnx.to_pure_dict(stacked), grads["blocks"], x, (rope, seen))
+        x: Any = apply_layers(layer, remat, nnx.to_pure_dict(stacked), grads["blocks"], x, (rope, seen))
         return rms_norm(x, track(self.norm[...], grads["norm"]), self.config.norm_eps)
 
     def prefill(self, ids: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -292,7 +292,7 @@ class Qwen(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def _embed(self, ids: Int[Array, "B T"], grads: Float[Array, "V D"] | None = None) -> Float[Array, "B T D"]:
-        x = look_up(self.dtype, self.embed[...], grads, ids)
+        x = cast(Array, look_up(self.dtype, self.embed[...], grads, ids))
         if self.config.pad_token_id is not None and not self.config.pad_trains:
             x = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
         return constrain(x, "batch", "length", None)
