@@ -30,8 +30,8 @@ def make_trainer(sizes: tuple[int, int, int]) -> Trainer:
     return Trainer(*declare_qwen(QWEN), build_mesh(MeshConfig(*sizes), devices), CONFIG, "none", 8)
 
 
-def make_loader() -> PairLoader:
-    return PairLoader(random_pairs(24), np.full((24, 2), -90.0), 8, 1, max_length=128, seed=1)
+def make_loader(ways: int = 1) -> PairLoader:
+    return PairLoader(random_pairs(24), np.full((24, 2), -90.0), 8, 1, max_length=128, seed=1, ways=ways)
 
 
 def save(checkpointer: Checkpointer, state: TrainState) -> None:
@@ -57,7 +57,7 @@ def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, 
     trainer = make_trainer((1, 8, 1))
     state = trainer.init_state(init_params(QWEN, 0, trainer.mesh))
     for _ in range(2):
-        state, _ = trainer.step(state, make_loader().shuffled(int(state.step)))
+        state, _ = trainer.step(state, make_loader(ways=8).shuffled(int(state.step)))
     with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
         save(checkpointer, state)
     other = make_trainer(sizes)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, epoch_order, put_batch
 from drift_jax.data.pairs import TokenizedPair
+from drift_jax.models.attention import AttentionBackend, attend
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
-from drift_jax.models.intervals import KeySpans
+from drift_jax.models.intervals import KeyIntervals, KeySpans
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_mesh
-from drift_jax.train import Trainer, host_metrics, loss_and_grads
+from drift_jax.train import MicroBatch, Trainer, arrange, host_metrics, loss_and_grads
 from tests.plain_step import PlainScores, plain_batch, plain_step
 from tests.tiny_models import VOCAB, build_tiny_model
 
@@ -211,6 +213,35 @@ def test_mistakes_are_far_outside(seven_pairs: Any, mistake: Callable[[PairBatch
     else:
         assert error < RTOL, name
         assert grad_error < RTOL, tensor
+
+
+# --- rows in the order of the kernels -----------------------------------------------------------------------
+
+
+def attend_intervals(query: jax.Array, key: jax.Array, value: jax.Array, seen: KeyIntervals) -> jax.Array:
+    """What a kernel is to compute."""
+    keys = np.arange(key.shape[1])
+    return attend(query, key, value, (keys >= seen.start[..., None]) & (keys < seen.stop[..., None]))
+
+
+def keep_sources(backend: AttentionBackend, micro: MicroBatch) -> Any:
+    """The mistake: rows are turned round, and their completion tokens looked for where they were."""
+    turned, seen = arrange(backend, micro)
+    return turned._replace(sources=micro.sources), seen
+
+
+@pytest.mark.parametrize("change", [arrange, keep_sources], ids=lambda change: change.__name__)
+def test_rows_in_the_order_of_the_kernels_equal_plain(seven_pairs: Any, change: Callable[..., Any]) -> None:
+    scene, loader, expected, expected_grads = seven_pairs
+    kernel = AttentionBackend("turned", None, True, attend_intervals)
+    setup = dataclasses.replace(scene.trainer.setup, attention=kernel)
+    with patch("drift_jax.train.arrange", change):
+        metrics, grads = run_packed(scene._replace(packed=jax.jit(partial(loss_and_grads, setup))), loader.shuffled(0))
+    error, grad_error = worst_metric(metrics, expected), worst_gradient(scene, grads, expected_grads)
+    if change is arrange:
+        assert max(error, grad_error) < (RTOL, "")
+    else:
+        assert min(error, grad_error) > (100 * RTOL, "")
 
 
 # --- no matter how they are packed --------------------------------------------------------------------------
