@@ -34,7 +34,7 @@ from drift_jax.losses import (
 )
 from drift_jax.models.attention import AttentionBackend, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, place_tokens, to_intervals
-from drift_jax.models.logps import token_logps
+from drift_jax.models.logps import choose_tile, token_logps
 from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
 from drift_jax.optim import apply_gradients, build_optimizer, build_schedule
@@ -55,6 +55,7 @@ class TrainState(NamedTuple):
 class StepSetup:
     """What is fixed while a stage runs (static under jit)."""
 
+    platform: str  # `jax.Device.platform`
     graphdef: Any
     config: TrainConfig
     remat: str
@@ -102,7 +103,9 @@ def completion_token_logps(
     ids, positions = (constrain(x, "batch", "length") for x in (rows.ids, rows.positions))
     hidden = model.hidden(ids, positions, seen, attend=setup.attention.attend, remat=setup.remat, grads=grads)
     listed = jnp.max(jnp.sum(micro.owners >= 0, axis=1))
-    return token_logps(hidden, model.output_table, rows.sources, micro.targets, listed, model.output_grads(grads))
+    head, head_grads = model.output_table, model.output_grads(grads)
+    tile = choose_tile(setup.platform, len(ids), len(head))
+    return token_logps(hidden, head, rows.sources, micro.targets, listed, head_grads, tile)
 
 
 def batch_shares(config: TrainConfig, batch: PairBatch) -> LossWeights:
@@ -217,10 +220,11 @@ class Trainer:
         attention: str = "auto",
     ) -> None:
         self.mesh = mesh
-        backend = resolve_attention(attention, mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
+        backend = resolve_attention(attention, platform)
         optimizer = build_optimizer(config, total_steps)
         schedule = build_schedule(config, total_steps)
-        self.setup = StepSetup(graphdef, config, remat, backend, optimizer, schedule)
+        self.setup = StepSetup(platform, graphdef, config, remat, backend, optimizer, schedule)
         self.abstract_state = self._abstract_state(abstract_params(declared, mesh, jnp.dtype(config.master_dtype)))
         # Pinned: a state that came back placed differently would be compiled for a second time.
         placement = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)

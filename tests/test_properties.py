@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -28,7 +27,7 @@ from drift_jax.losses import dpo_losses
 from drift_jax.models.attention import BACKENDS, AttentionBackend, attend
 from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.intervals import KeyIntervals
-from drift_jax.models.logps import token_logps
+from drift_jax.models.logps import Tile, choose_tile
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_mesh
 from drift_jax.train import MicroBatch, PairScores, Trainer, arrange, host_metrics, loss_and_grads
@@ -124,8 +123,8 @@ class Scorer:
             self.trainers[key] = self.build_trainer(backend)
         rest = {"max_length": 512, "tokens_per_device": layout.budget, "change": change, "shuffle": shuffle}
         loader = ChangedLoader(pairs, np.zeros((len(pairs), 2)), layout.batch_size, 1, **rest)
-        chunked = partial(token_logps, chunk=layout.chunk)
-        with patch("drift_jax.train.token_logps", chunked), patch("drift_jax.train.arrange", arranged):
+        by_layout = (lambda *_: Tile(layout.chunk, 100)) if layout.chunk else choose_tile
+        with patch("drift_jax.train.choose_tile", by_layout), patch("drift_jax.train.arrange", arranged):
             return self.trainers[key].score_pairs(self.params, loader, as_trained=shuffle is not None)
 
     def step(self, pairs: list[TokenizedPair], ref_logps: np.ndarray) -> dict[str, float]:

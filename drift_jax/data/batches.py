@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from drift_jax.data.packing import BatchShape, choose_shape, count_micro_batches, pack_rows, plan_shapes, token_budget
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import GroupCut
-from drift_jax.models.attention import KeySpans
+from drift_jax.models.intervals import KeySpans
 from drift_jax.sharding import Dims, build_sharding
 
 

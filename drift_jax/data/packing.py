@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 # Row lengths are multiples of this: the kernels' smallest blocks.
 ROW_MULTIPLE = 128
-# Rows longer than any pair, which pack better, are multiples of the kernels' largest blocks. Beyond the last one,
-# attention in XLA takes more memory than all the rest.
-_LONG_MULTIPLE, _LONGEST_ROW = 512, 8192
+_LONGEST_ROW = 8192
 # Tokens of a micro-batch on one device. More only costs memory; fewer leave matrices too thin.
 _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
 # Shapes are planned on so many updates at most, spread evenly over the stage.
@@ -30,12 +28,13 @@ class Costs(NamedTuple):
 
     double: int  # a token of a row this long costs twice as much
     micro_batch: int  # every micro-batch goes through all weights and gradients, which takes as long as so many tokens
+    multiple: int  # rows longer than any pair are multiples of this
 
 
-# By attention back end. XLA's, which is the CPU's, computes all keys before a query, whosever they are; kernels skip
-# those of other pairs and only have some overhead. Of every parameter a micro-batch moves some 25 bytes, and a token
-# takes 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU few.
-COSTS = {"xla": Costs(4096, 32), "splash": Costs(65536, 512), "triton": Costs(65536, 512)}
+# By attention back end. All of them skip the keys of other pairs and only have some overhead. Of every parameter a
+# micro-batch moves some 25 bytes, and a token takes 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU
+# few. Kernels like rows of their largest blocks.
+COSTS = {"xla": Costs(65536, 64, 128), "splash": Costs(65536, 512, 512), "triton": Costs(65536, 512, 512)}
 
 
 class BatchShape(NamedTuple):
@@ -99,7 +98,7 @@ def plan_shapes(
     """
     longest = max(max(lengths) for lengths in batches)
     planned = batches[:: -(-len(batches) // _MOST_PLANNED)]
-    costs = _tabulate(planned, _candidates(longest, ways, budget), ways, COSTS[attention])
+    costs = _tabulate(planned, _candidates(longest, ways, budget, COSTS[attention].multiple), ways, COSTS[attention])
     # The first shape must take every pair of the stage, those of later epochs' batches included.
     whole = [shape for shape in costs if shape.length >= longest]
     chosen = [min(whole, key=lambda shape: (sum(costs[shape]), -shape.tokens))]
@@ -122,10 +121,10 @@ def choose_shape(
     return min(shapes, key=lambda shape: costs[shape][0])
 
 
-def _candidates(longest: int, ways: int, budget: int) -> list[BatchShape]:
+def _candidates(longest: int, ways: int, budget: int, multiple: int) -> list[BatchShape]:
     """Rows of half the longest pair to several pairs; as many as the budget holds, or half as many, or some tokens."""
     lengths = {round_up(-(-longest * eighths // 8), ROW_MULTIPLE) for eighths in range(4, 9)}
-    lengths |= set(range(round_up(longest, _LONG_MULTIPLE), min(budget, _LONGEST_ROW) + 1, _LONG_MULTIPLE))
+    lengths |= set(range(round_up(longest, multiple), min(budget, _LONGEST_ROW) + 1, multiple))
     shapes = []
     for length in sorted(lengths, reverse=True):
         most = max(1, budget // length)

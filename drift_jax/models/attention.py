@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from drift_jax.errors import ConfigError
-from drift_jax.models import splash, triton
-from drift_jax.models.intervals import KeyIntervals, KeySpans
+from drift_jax.models import splash, triton, xla
+from drift_jax.models.intervals import KeyIntervals
 from drift_jax.sharding import Dims, run_per_device, split_ways
 
 # Causal attention goes through at most 8 blocks of queries of at least 128. A block looks at no key after its own
@@ -36,17 +36,7 @@ def attend(
     """
     if mask is not None:
         return _attend_block(query, key, value, mask[:, None])
-    return _attend_causal(query, key, value, None)
-
-
-def attend_spans(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    seen: KeySpans,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over packed rows, each query over the keys of its spans; else as `attend`."""
-    return _attend_causal(query, key, value, seen)
+    return _attend_causal(query, key, value)
 
 
 def attend_by_kernel(
@@ -91,7 +81,7 @@ class AttentionBackend:
 
 
 BACKENDS: dict[str, AttentionBackend] = {
-    "xla": AttentionBackend("xla", None, False, attend_spans),
+    "xla": AttentionBackend("xla", None, False, xla.attend_spans),
     "splash": AttentionBackend("splash", "tpu", True, partial(attend_by_kernel, splash.attend)),
     "triton": AttentionBackend("triton", "gpu", True, partial(attend_by_kernel, triton.attend)),
 }
@@ -116,42 +106,20 @@ def resolve_attention(name: str, platform: str) -> AttentionBackend:
     return backend
 
 
-# --- in XLA ------------------------------------------------------------------------------------------------
+# --- plain rows --------------------------------------------------------------------------------------------
 
 
 def _attend_causal(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    seen: KeySpans | None,
+    query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
 ) -> Float[Array, "B T N H"]:
     length = query.shape[1]
     block = max(_SMALLEST_BLOCK, -(-length // _MOST_BLOCKS))
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        spans = None if seen is None else KeySpans(*(bound[:, start:stop] for bound in seen))
-        outputs.append(_attend_queries(start, query[:, start:stop], key[:, :stop], value[:, :stop], spans))
+        mask = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+        outputs.append(_attend_block(query[:, start:stop], key[:, :stop], value[:, :stop], mask[None, None]))
     return jnp.concatenate(outputs, axis=1)
-
-
-# Checkpointed, so that the backward pass holds the scores and the mask of one block at a time. On the CPU, whose
-# compiler merges the two forward passes again, that changes neither time nor memory (T 1024, 9 heads of 64, float32).
-@partial(jax.checkpoint, static_argnums=(0,))
-def _attend_queries(
-    start: int,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    seen: KeySpans | None,
-) -> Float[Array, "B T N H"]:
-    """A block of queries, of which the first is the row's token `start`."""
-    keys = jnp.arange(key.shape[1])
-    mask = (keys <= start + jnp.arange(query.shape[1])[:, None])[None]
-    if seen is not None:
-        first, last, own = (bound[:, :, None] for bound in seen)
-        mask = mask & ((keys >= own) | ((keys >= first) & (keys < last)))
-    return _attend_block(query, key, value, mask[:, None])
 
 
 def _attend_block(

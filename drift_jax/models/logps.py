@@ -2,15 +2,16 @@
 
 Every loss, reward and metric reads this one function: a second, "fast" implementation would drift from it.
 
-The logits of a chunk of tokens are made, reduced to two numbers a token, and forgotten; the backward pass makes them
-again. In both passes each device holds a slice of the vocabulary and sees the tokens of all devices that share the
-rest (rows are split like dim "rows", the table like "vocab_slice"): what travels is hidden states, not the table and
-its gradient, which with 152k tokens of vocabulary are larger than the tokens of an update.
+The logits of some tokens and a block of the vocabulary are made, reduced to numbers per token, and forgotten; the
+backward pass makes them again. In both passes each device holds a slice of the vocabulary and sees the tokens of all
+devices that share the rest (rows are split like dim "rows", the table like "vocab_slice"): what travels is hidden
+states, not the table and its gradient, which with 152k tokens of vocabulary are larger than the tokens of an update.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,34 @@ from jaxtyping import Array, Float, Int
 
 from drift_jax.sharding import constrain, split_ways
 
-# Logits of a chunk on one device, in float32. Smaller chunks leave matrices too thin, larger ones only take memory.
-_CHUNK_BYTES = 128 * 2**20
 _SMALLEST_CHUNK = 32
+_MASKED = -1e30
+
+
+class Tile(NamedTuple):
+    """The logits that live at the same time."""
+
+    tokens: int  # of each row
+    words: int  # of the vocabulary, over all devices
+
+
+# Logits on one device. A CPU is fastest where they stay in its cache. An accelerator wants large matrices, and many
+# tokens for each time that it reads and writes the gradient of the table.
+_TILES = {"cpu": Tile(256, 4096)}
+_LARGE_TILE = Tile(1024, 32768)  # 128 MiB in float32
+
+
+def choose_tile(platform: str, rows: int, vocab: int) -> Tile:
+    """For devices of `platform` (`jax.Device.platform`), the mesh in force and rows over all of it.
+
+    A vocabulary that is split over devices is not cut further: a tile is the slice of each, and more or fewer tokens.
+    """
+    each = _TILES.get(platform, _LARGE_TILE)
+    ways = split_ways("vocab_slice")
+    words = vocab if ways > 1 else min(each.words, vocab)
+    per_token = rows * words // (split_ways("rows") * ways)
+    fitting = max(_SMALLEST_CHUNK, each.tokens * each.words // max(1, per_token))
+    return Tile(1 << (fitting.bit_length() - 1), words)
 
 
 def token_logps(
@@ -30,7 +56,7 @@ def token_logps(
     targets: Int[Array, "R C"],
     listed: Int[Array, ""],
     head_grads: Float[Array, "V D"] | None = None,
-    chunk: int | None = None,
+    tile: Tile | None = None,
 ) -> Float[Array, "R C"]:
     """log p(targets[r, c] | hidden[r, sources[r, c]]) in float32 for c < listed; 0 beyond the last chunk begun.
 
@@ -39,25 +65,19 @@ def token_logps(
 
     Args:
       head_grads: None, or gradients of `head` so far, to which its gradient goes (see models/stack.py).
-      chunk: tokens per row whose logits live at the same time; by default by their size.
+      tile: by default that of an accelerator.
     """
     rows, _, dim = hidden.shape
     length = sources.shape[1]
-    chunk = min(chunk or _chunk_length(rows, head.shape[0]), length)
+    tile = tile or choose_tile("", rows, head.shape[0])
+    chunk, block = min(tile.tokens, length), min(tile.words, head.shape[0])
     padding = -length % chunk
     sources, targets = (jnp.pad(x, ((0, 0), (0, padding))) for x in (sources, targets))
     states = constrain(jnp.take_along_axis(hidden, sources[..., None], axis=1), "batch", "length", None)
     chunks = -(-listed // chunk)
     shape = (rows, sources.shape[1] // chunk, chunk)
     states, targets = states.reshape(*shape, dim), targets.reshape(shape)
-    return _chunked(states, head, head_grads, targets, chunks).reshape(rows, -1)[:, :length]
-
-
-def _chunk_length(rows: int, vocab: int) -> int:
-    """The largest power of two whose logits stay within `_CHUNK_BYTES` on each device."""
-    per_token = 4 * rows * vocab // (split_ways("rows") * split_ways("vocab_slice"))
-    fitting = max(_SMALLEST_CHUNK, _CHUNK_BYTES // max(1, per_token))
-    return 1 << (fitting.bit_length() - 1)
+    return _chunked(block, states, head, head_grads, targets, chunks).reshape(rows, -1)[:, :length]
 
 
 def _split(vocab: int) -> tuple[str, str]:
@@ -77,57 +97,108 @@ def _logits(states: Float[Array, "R C D"], table: Float[Array, "V D"]) -> Float[
     return constrain(logits, rows, "length", vocab)
 
 
-@jax.custom_vjp
+class _Block(NamedTuple):
+    """A part of the vocabulary: its table, its ids, and which of them no earlier block had."""
+
+    start: Int[Array, ""]
+    table: Float[Array, "W D"]
+    ids: Int[Array, " W"]
+    new: Any  # bool [W]; True: all of them
+
+
+def _take_block(table: Float[Array, "V D"], index: Int[Array, ""], size: int) -> _Block:
+    """Block `index`; the last one reaches back to be as long as the others. A single block is never sliced."""
+    vocab = table.shape[0]
+    if size == vocab:
+        return _Block(jnp.int32(0), table, jnp.arange(vocab), True)
+    start = jnp.minimum(index * size, vocab - size)
+    ids = start + jnp.arange(size)
+    return _Block(start, jax.lax.dynamic_slice_in_dim(table, start, size), ids, ids >= index * size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
+    block: int,
     states: Float[Array, "R K C D"],
     head: Float[Array, "V D"],
     head_grads: Float[Array, "V D"] | None,
     targets: Int[Array, "R K C"],
     chunks: Int[Array, ""],
 ) -> Float[Array, "R K C"]:
-    """Log-probs of K chunks of C tokens, of which the first `chunks` are computed."""
-    return _forward(states, head, head_grads, targets, chunks)[0]
+    """Log-probs of K chunks of C tokens, of which the first `chunks` are computed, by blocks of the vocabulary."""
+    return _forward(block, states, head, head_grads, targets, chunks)[0]
 
 
-def _forward(states: Array, head: Array, head_grads: Any, targets: Array, chunks: Array) -> tuple[Array, Any]:
+class _Sums(NamedTuple):
+    """Of each token so far: the largest logit, the sum of exp(logit - largest), the logit of its target."""
+
+    largest: Float[Array, "R K C"]
+    total: Float[Array, "R K C"]
+    target: Float[Array, "R K C"]
+
+
+def _forward(
+    block: int, states: Array, head: Array, head_grads: Any, targets: Array, chunks: Array
+) -> tuple[Array, Any]:
     table = _table(head, states.dtype)
-    vocab = jnp.arange(head.shape[0])
 
-    def one(k: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = _logits(states[:, k], table)
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum instead of a gather: it stays local to the devices that hold a slice of the vocabulary.
-        target_logit = jnp.sum(jnp.where(vocab == targets[:, k, :, None], logits, 0.0), axis=-1)
-        logps, norms = found
-        return logps.at[:, k].set(target_logit - norm), norms.at[:, k].set(norm)
+    def one_block(index: Array, sums: _Sums) -> _Sums:
+        part = _take_block(table, index, block)
+
+        def one(k: Array, sums: _Sums) -> _Sums:
+            logits = jnp.where(part.new, _logits(states[:, k], part.table), _MASKED)
+            so_far = _Sums(*(x[:, k] for x in sums))
+            largest = jnp.maximum(so_far.largest, logits.max(axis=-1))
+            total = so_far.total * jnp.exp(so_far.largest - largest)
+            total = total + jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+            # A masked sum instead of a gather: it stays local to the devices that hold a slice of the vocabulary.
+            mine = part.new & (part.ids == targets[:, k, :, None])
+            target = so_far.target + jnp.sum(jnp.where(mine, logits, 0.0), axis=-1)
+            return jax.tree.map(lambda x, more: x.at[:, k].set(more), sums, _Sums(largest, total, target))
+
+        return jax.lax.fori_loop(0, chunks, one, sums)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    logps, norms = jax.lax.fori_loop(0, chunks, one, (zeros, zeros))
-    return logps, (states, head, head_grads, targets, chunks, norms)
+    sums = jax.lax.fori_loop(0, -(-head.shape[0] // block), one_block, _Sums(zeros + _MASKED, zeros, zeros))
+    done = (jnp.arange(targets.shape[1]) < chunks)[:, None]
+    norms = jnp.where(done, sums.largest + jnp.log(jnp.where(done, sums.total, 1.0)), 0.0)
+    return sums.target - norms, (states, head, head_grads, targets, chunks, norms)
 
 
-def _backward(kept: Any, grads: Float[Array, "R K C"]) -> tuple[Array | None, ...]:
+def _backward(block: int, kept: Any, grads: Float[Array, "R K C"]) -> tuple[Array | None, ...]:
     states, head, head_grads, targets, chunks, norms = kept
     table = _table(head, states.dtype)
     rows, vocab_dim = _split(head.shape[0])
-    vocab = jnp.arange(head.shape[0])
+    blocks = -(-head.shape[0] // block)
 
-    def one(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        d_states, d_head = carry
-        softmax = jnp.exp(_logits(states[:, k], table) - norms[:, k, :, None])
-        d_logits = grads[:, k, :, None] * ((vocab == targets[:, k, :, None]) - softmax)
-        d_logits = constrain(d_logits.astype(states.dtype), rows, "length", vocab_dim)
-        d_k = jnp.einsum("rcv,vd->rcd", d_logits, table, preferred_element_type=jnp.float32)
-        d_k = constrain(d_k, "batch", "length", None).astype(states.dtype)
-        more = jnp.einsum("rcv,rcd->vd", d_logits, states[:, k], preferred_element_type=jnp.float32)
-        return d_states.at[:, k].set(d_k), constrain(d_head + more, vocab_dim, None)
+    def one_block(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        part = _take_block(table, index, block)
+        whole = carry[1]
 
-    # Chunks add up in float32, also where gradients are kept in bfloat16.
+        def one(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            d_states, d_part = carry
+            softmax = jnp.exp(_logits(states[:, k], part.table) - norms[:, k, :, None])
+            d_logits = grads[:, k, :, None] * ((part.ids == targets[:, k, :, None]) - softmax)
+            d_logits = jnp.where(part.new, d_logits, 0.0).astype(states.dtype)
+            d_logits = constrain(d_logits, rows, "length", vocab_dim)
+            d_k = jnp.einsum("rcv,vd->rcd", d_logits, part.table, preferred_element_type=jnp.float32)
+            d_k = constrain(d_k, "batch", "length", None).astype(d_states.dtype)
+            more = jnp.einsum("rcv,rcd->vd", d_logits, states[:, k], preferred_element_type=jnp.float32)
+            return d_states.at[:, k].add(d_k), constrain(d_part + more, vocab_dim, None)
+
+        if blocks == 1:
+            return jax.lax.fori_loop(0, chunks, one, carry)
+        d_part = jax.lax.dynamic_slice_in_dim(whole, part.start, block)
+        d_states, d_part = jax.lax.fori_loop(0, chunks, one, (carry[0], d_part))
+        return d_states, jax.lax.dynamic_update_slice_in_dim(whole, d_part, part.start, 0)
+
+    # Chunks add up in float32, also where gradients are kept in bfloat16; so do blocks, if there are several.
     start = head if head_grads is None else head_grads
     start = start.astype(jnp.promote_types(start.dtype, jnp.float32))
     start = constrain(jnp.zeros_like(start) if head_grads is None else start, vocab_dim, None)
-    d_states, d_head = jax.lax.fori_loop(0, chunks, one, (jnp.zeros_like(states), start))
-    d_head = constrain(d_head, "vocab", "embed")
+    d_states = jnp.zeros(states.shape, states.dtype if blocks == 1 else jnp.float32)
+    d_states, d_head = jax.lax.fori_loop(0, blocks, one_block, (d_states, start))
+    d_head, d_states = constrain(d_head, "vocab", "embed"), d_states.astype(states.dtype)
     if head_grads is None:
         return d_states, d_head.astype(head.dtype), None, None, None
     return d_states, None, d_head.astype(head_grads.dtype), None, None

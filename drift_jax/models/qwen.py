@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.attention import attend
+from drift_jax.models.linear import linear
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
 from drift_jax.sharding import Dims, build_sharding, constrain
 
@@ -115,7 +116,7 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B T D"], name: str, heads_dim: str) -> Float[Array, "B T N H"]:
         """Queries, keys or values before the rotation, with whatever bias or norm this model has."""
-        y = jnp.einsum("btd,dnh->btnh", x, getattr(self, name)[...].astype(x.dtype))
+        y = linear("btd,dnh->btnh", x, getattr(self, name)[...].astype(x.dtype))
         bias = getattr(self, f"{name}_bias", None)
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
@@ -132,7 +133,7 @@ class Attention(nnx.Module):
         return query, key, self.project(x, "v", "kv_heads")
 
     def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        return jnp.einsum("btnh,dnh->btd", mixed, self.o[...].astype(mixed.dtype))
+        return linear("btnh,dnh->btd", mixed, self.o[...].astype(mixed.dtype))
 
 
 @final
@@ -148,8 +149,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        wide = jax.nn.silu(jnp.einsum("btd,df->btf", x, gate)) * jnp.einsum("btd,df->btf", x, up)
-        return jnp.einsum("btf,df->btd", constrain(wide, "batch", "length", "mlp"), down)
+        wide = jax.nn.silu(linear("btd,df->btf", x, gate)) * linear("btd,df->btf", x, up)
+        return linear("btf,df->btd", constrain(wide, "batch", "length", "mlp"), down)
 
 
 @final

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from drift_jax.models.remat import keep_named
 from drift_jax.sharding import constrain
 
 # (weights of one layer, x, context) -> x
@@ -46,10 +47,9 @@ def _run_again_from_host(layer: Layer, weights: Any, kept: Any, context: Any, gr
     return _run_again(layer, weights, jax.device_put(kept, jax.memory.Space.Device), context, grad)
 
 
-def _keep_by(policy: Callable[..., bool], layer: Layer, weights: Any, x: Array, context: Any) -> tuple[Array, Any]:
-    """Keeps what `jax.checkpoint` keeps by a policy, except the weights: they are at hand in the backward pass."""
-    saved = jax.checkpoint(lambda w, x: layer(w, x, context), policy=policy)
-    out, pull = jax.vjp(saved, weights, x)
+def _keep_by(saved: Callable[..., Any], layer: Layer, weights: Any, x: Array, context: Any) -> tuple[Array, Any]:
+    """Keeps what `jax.vjp` keeps of `saved(layer)`, except the weights: they are at hand in the backward pass."""
+    out, pull = jax.vjp(saved(lambda w, x: layer(w, x, context)), weights, x)
     leaves, structure = jax.tree.flatten(pull)
     own = jax.tree.leaves(weights)
     places = tuple(next((i for i, w in enumerate(own) if w is leaf), None) for leaf in leaves)
@@ -68,8 +68,8 @@ def _go_on(layer: Layer, weights: Any, kept: Any, context: Any, grad: Array) -> 
 
 
 REMAT: dict[str, Remat] = {
-    "none": Remat(partial(_keep_by, jax.checkpoint_policies.everything_saveable), _go_on),
-    "dots": Remat(partial(_keep_by, jax.checkpoint_policies.dots_with_no_batch_dims_saveable), _go_on),
+    "none": Remat(partial(_keep_by, lambda layer: layer), _go_on),
+    "dots": Remat(partial(_keep_by, partial(jax.checkpoint, policy=keep_named)), _go_on),
     "layer": Remat(_keep_input, _run_again),
     "offload": Remat(_keep_input_on_host, _run_again_from_host),
 }

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.errors import ConfigError
 from drift_jax.models.intervals import KeyIntervals, check_row_length, find_overlap
+from drift_jax.models.remat import attach_backward
 
 _QUERY_BLOCK, _KEY_BLOCK = 128, 64  # forward
 _BACKWARD_BLOCK = 64  # queries and keys
@@ -48,24 +49,19 @@ def attend(
             f"attention back end 'triton': heads of {dim} numbers; the kernel takes powers of two from 16. "
             "Set attention: xla."
         )
-    return _attend(interpret, query, key, value, intervals)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(interpret: bool, query: Array, key: Array, value: Array, intervals: KeyIntervals) -> Array:
-    return _forward(interpret, query, key, value, intervals)[0]
+    return attach_backward(partial(_forward, interpret), partial(_backward, interpret), (query, key, value), intervals)
 
 
 def _forward(
     interpret: bool, query: Array, key: Array, value: Array, intervals: KeyIntervals
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
     visits = _find_visits(find_overlap(intervals, _QUERY_BLOCK, _KEY_BLOCK), _QUERY_BLOCK, _KEY_BLOCK)
     rows = pl.BlockSpec((None, _QUERY_BLOCK, None, dim), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
     bound = pl.BlockSpec((None, _QUERY_BLOCK), lambda i, b, n: (b, i))
-    mixed, lse = pl.pallas_call(
+    return pl.pallas_call(
         partial(_forward_kernel, scale=dim**-0.5),
         grid=(length // _QUERY_BLOCK, batch, heads),
         in_specs=[rows, keys, keys, bound, bound, pl.BlockSpec((None, None, 4), lambda i, b, n: (b, i, 0))],
@@ -78,20 +74,18 @@ def _forward(
         interpret=interpret,
         name="pair_attention_forward",
     )(query, key, value, *intervals, visits)
-    return mixed, (query, key, value, *intervals, mixed, lse)
 
 
-def _backward(interpret: bool, residuals: tuple[Array, ...], d_mixed: Array) -> tuple[Any, ...]:
-    query, key, value, start, stop, mixed, lse = residuals
+def _backward(
+    interpret: bool, query: Array, key: Array, value: Array, intervals: KeyIntervals, *rest: Array
+) -> tuple[Array, Array, Array]:
+    (start, stop), (mixed, lse, d_mixed) = intervals, rest
     delta = jnp.einsum("btnh,btnh->bnt", mixed, d_mixed, preferred_element_type=jnp.float32)
     overlap = find_overlap(KeyIntervals(start, stop), _BACKWARD_BLOCK, _BACKWARD_BLOCK)
     inputs = (query, key, value, start, stop, d_mixed, lse, delta)
     d_query = _backward_query(interpret, *inputs, overlap)
     d_key, d_value = _backward_key(interpret, *inputs, overlap)
-    return d_query, d_key, d_value, None
-
-
-_attend.defvjp(_forward, _backward)
+    return d_query, d_key, d_value
 
 
 def _backward_query(interpret: bool, *inputs: Array) -> Array:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError
 from drift_jax.models import splash, triton
-from drift_jax.models.attention import BACKENDS, attend, attend_by_kernel, attend_spans, resolve_attention
+from drift_jax.models.attention import BACKENDS, attend, attend_by_kernel, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, find_overlap, place_tokens, to_intervals
+from drift_jax.models.xla import attend_spans
 from drift_jax.sharding import build_mesh
 
 KERNELS = {"splash": splash.attend, "triton": triton.attend}

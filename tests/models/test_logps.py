@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drift_jax.config import MeshConfig
-from drift_jax.models.logps import token_logps
+from drift_jax.models.logps import Tile, choose_tile, token_logps
 from drift_jax.sharding import build_mesh
 
 ROWS, LENGTH, DIM, VOCAB, LISTED = 8, 20, 16, 48, 16
@@ -59,12 +59,12 @@ def judge(case: Case, listed: int = LISTED) -> Judged:
     return Judged(logps.detach().numpy(), hidden.grad.numpy(), head.grad.numpy())  # pyright: ignore
 
 
-@partial(jax.jit, static_argnames="chunk")
-def ours(case: Case, listed: int | jax.Array = LISTED, head_grads: Any = None, chunk: int | None = None) -> Judged:
+@partial(jax.jit, static_argnames="tile")
+def ours(case: Case, listed: int | jax.Array = LISTED, head_grads: Any = None, tile: Tile | None = None) -> Judged:
     """`d_head` is what `head_grads` becomes, if it is given."""
 
     def total(hidden: jax.Array, head: jax.Array, head_grads: Any) -> tuple[jax.Array, jax.Array]:
-        tail = case.sources, case.targets, jnp.asarray(listed), head_grads, chunk
+        tail = case.sources, case.targets, jnp.asarray(listed), head_grads, tile
         logps = token_logps(hidden, head, *tail)
         return jnp.sum(case.weights * logps), logps
 
@@ -79,13 +79,23 @@ def assert_close(seen: Judged, expected: Judged, rtol: float = 1e-6) -> None:
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 16, 64, None])
-def test_values_and_gradients_equal_log_softmax_of_all_logits(chunk: int | None) -> None:
-    """Also where the last chunk is not full, and where one chunk is longer than the list."""
+TILES = [Tile(1, VOCAB), Tile(5, 16), Tile(16, 7), Tile(64, 1), Tile(3, 47), None]
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_values_and_gradients_equal_log_softmax_of_all_logits(tile: Tile | None) -> None:
+    """Also where the last chunk or block is not full, and where one is longer than all there is."""
     case = make_case()
     expected = judge(case)
     assert 5 < np.abs(expected.logps).max() < 100
-    assert_close(ours(case, chunk=chunk), expected)
+    assert_close(ours(case, tile=tile), expected)
+
+
+@pytest.mark.parametrize(("platform", "rows", "vocab"), [("cpu", 1, 49152), ("cpu", 8, 1000), ("gpu", 2, 151936)])
+def test_a_tile_by_platform(platform: str, rows: int, vocab: int) -> None:
+    tile = choose_tile(platform, rows, vocab)
+    most = {"cpu": 2**20, "gpu": 2**25}[platform]
+    assert tile.words <= vocab and most / 2 < rows * tile.tokens * tile.words <= most
 
 
 @pytest.mark.parametrize("mistake", ["source", "target", "head"])
@@ -110,12 +120,14 @@ def test_nothing_is_computed_beyond_the_listed_tokens(listed: int) -> None:
     case = case._replace(sources=jnp.broadcast_to(jnp.arange(LISTED), case.sources.shape))
     expected = judge(case, listed)
     beyond = case._replace(hidden=case.hidden.at[:, listed:].set(jnp.nan))
-    seen = ours(beyond, listed, chunk=4)
+    seen = ours(beyond, listed, tile=Tile(4, VOCAB))
     assert_close(seen, expected)
     np.testing.assert_array_equal(np.asarray(seen.logps)[:, listed:], 0.0)
     np.testing.assert_array_equal(np.asarray(seen.d_hidden)[:, listed:], 0.0)
     if listed < LISTED:
-        assert not np.isfinite(np.asarray(ours(beyond, LISTED, chunk=4).d_head)).any(), "the NaN would be seen"
+        assert not np.isfinite(np.asarray(ours(beyond, LISTED, tile=Tile(4, VOCAB)).d_head)).any(), (
+            "the NaN would be seen"
+        )
 
 
 def test_a_state_that_predicts_two_tokens_has_the_sum_of_their_gradients() -> None:
@@ -135,13 +147,13 @@ def test_a_state_that_predicts_two_tokens_has_the_sum_of_their_gradients() -> No
 # --- gradients so far ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize("tile", [Tile(3, VOCAB), Tile(3, 20), None])
 @pytest.mark.parametrize("listed", [0, 16])
-def test_the_gradient_of_the_table_adds_to_what_is_there(chunk: int | None, listed: int) -> None:
+def test_the_gradient_of_the_table_adds_to_what_is_there(tile: Tile | None, listed: int) -> None:
     case = make_case()
     so_far = jnp.asarray(np.random.default_rng(5).normal(size=case.head.shape), jnp.float32)
     expected = judge(case, listed)
-    seen = ours(case, listed, so_far, chunk)
+    seen = ours(case, listed, so_far, tile)
     assert_close(seen, expected._replace(d_head=np.asarray(so_far, np.float64) + expected.d_head))
 
 
@@ -164,8 +176,8 @@ def test_gradients_so_far_in_bfloat16_are_rounded_once() -> None:
     own = judge(small).d_head
     assert np.mean(np.abs(own) > 2**-6) > 0.1, "half a unit of 4.0 in bfloat16: some sums must move"
     expected = (so_far.astype(jnp.float32) + jnp.asarray(own, jnp.float32)).astype(jnp.bfloat16)
-    for chunk in (1, 3, None):
-        seen = ours(small, LISTED, so_far, chunk).d_head
+    for tile in (Tile(1, VOCAB), Tile(3, 20), None):
+        seen = ours(small, LISTED, so_far, tile).d_head
         assert seen.dtype == jnp.bfloat16
         # One unit where float32 sums of another order fall on both sides of a rounding border.
         differing = np.asarray(seen, np.float32) != np.asarray(expected, np.float32)
@@ -193,20 +205,20 @@ def test_bfloat16_states_give_float32_log_probs() -> None:
 # --- meshes -------------------------------------------------------------------------------------------------
 
 
-def on_mesh(case: Case, sizes: tuple[int, int, int], chunk: int | None, head_grads: Any = None) -> Judged:
+def on_mesh(case: Case, sizes: tuple[int, int, int], tile: Tile | None, head_grads: Any = None) -> Judged:
     with jax.set_mesh(build_mesh(MeshConfig(*sizes))):
-        return jax.device_get(ours(case, LISTED, head_grads, chunk))
+        return jax.device_get(ours(case, LISTED, head_grads, tile))
 
 
 @pytest.mark.mesh
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("chunk", [5, None])
-def test_results_do_not_depend_on_the_mesh(sizes: tuple[int, int, int], chunk: int | None) -> None:
+@pytest.mark.parametrize("tile", [Tile(5, VOCAB), None])
+def test_results_do_not_depend_on_the_mesh(sizes: tuple[int, int, int], tile: Tile | None) -> None:
     case, so_far = make_case(), jnp.ones((VOCAB, DIM))
-    one_device = ours(case, chunk=chunk)
-    assert_close(on_mesh(case, sizes, chunk), one_device, 1e-5)
+    one_device = ours(case, tile=tile)
+    assert_close(on_mesh(case, sizes, tile), one_device, 1e-5)
     expected = one_device._replace(d_head=1 + np.asarray(one_device.d_head))
-    assert_close(on_mesh(case, sizes, chunk, so_far), expected, 1e-5)
+    assert_close(on_mesh(case, sizes, tile, so_far), expected, 1e-5)
 
 
 @pytest.mark.mesh
@@ -221,7 +233,7 @@ def test_a_vocabulary_that_the_mesh_does_not_cut_evenly(sizes: tuple[int, int, i
 def compiled_on_mesh(vocab: int) -> str:
     case = jax.eval_shape(lambda: make_case(vocab))
     with jax.set_mesh(build_mesh(MeshConfig(1, 2, 4))):
-        return ours.lower(case, LISTED, None, 4).compile().as_text()
+        return ours.lower(case, LISTED, None, Tile(4, vocab)).compile().as_text()
 
 
 @pytest.mark.mesh
@@ -235,7 +247,7 @@ def test_each_device_makes_the_logits_of_its_slice_of_the_vocabulary() -> None:
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def temp_bytes(vocab: int, length: int, dim: int, chunk: int | None, naive: bool = False) -> int:
+def temp_bytes(vocab: int, length: int, dim: int, tile: Tile | None, naive: bool = False) -> int:
     """Of the compiled value and gradient, without running it."""
 
     def plain(hidden: Any, head: Any, sources: Any, targets: Any) -> Any:
@@ -244,7 +256,7 @@ def temp_bytes(vocab: int, length: int, dim: int, chunk: int | None, naive: bool
         return jnp.take_along_axis(logps, targets[..., None], axis=-1).sum()
 
     def chunked(hidden: Any, head: Any, sources: Any, targets: Any) -> Any:
-        return token_logps(hidden, head, sources, targets, jnp.asarray(length), chunk=chunk).sum()
+        return token_logps(hidden, head, sources, targets, jnp.asarray(length), tile=tile).sum()
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, length, dim), (vocab, dim))]
     lists = [jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2
@@ -255,6 +267,7 @@ def temp_bytes(vocab: int, length: int, dim: int, chunk: int | None, naive: bool
 def test_the_logits_of_all_tokens_never_exist() -> None:
     vocab, length, dim = 49152, 4096, 16
     logits = 4 * vocab * length
-    assert temp_bytes(vocab, length, dim, chunk=64) < logits / 20
-    assert temp_bytes(vocab, length, dim, chunk=None) < logits / 2, "the chunk chosen by size: 128 MiB of logits"
-    assert temp_bytes(vocab, length, dim, chunk=None, naive=True) > logits, "the twin: all at once"
+    assert temp_bytes(vocab, length, dim, Tile(64, vocab)) < logits / 20
+    assert temp_bytes(vocab, length, dim, Tile(256, 4096)) < logits / 50, "what is there besides: gradients, lists"
+    assert temp_bytes(vocab, length, dim, None) < 0.6 * logits, "an accelerator's tile: 128 MiB at a time"
+    assert temp_bytes(vocab, length, dim, None, naive=True) > logits, "the twin: all at once"

@@ -16,12 +16,12 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from drift_jax.config import MeshConfig
-from drift_jax.models.attention import attend_spans
 from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.intervals import KeySpans
-from drift_jax.models.logps import token_logps
+from drift_jax.models.logps import Tile, token_logps
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.models.stack import REMAT
+from drift_jax.models.xla import attend_spans
 from drift_jax.sharding import build_mesh
 from tests.tiny_models import VOCAB, build_tiny_model
 
@@ -217,7 +217,7 @@ def test_gradients_do_not_depend_on_the_mesh(model_dir: Path, sizes: tuple[int, 
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-def test_token_logps_equal_log_softmax_for_every_chunk(model_dir: Path, chunk: int) -> None:
+def test_token_logps_equal_log_softmax_for_every_tile(model_dir: Path, chunk: int) -> None:
     ids = jnp.asarray(random_ids(2, 17))
     graphdef, params = load(model_dir)
     model = nnx.merge(graphdef, params)
@@ -225,7 +225,9 @@ def test_token_logps_equal_log_softmax_for_every_chunk(model_dir: Path, chunk: i
     expected = torch.log_softmax(torch.from_numpy(torch_logits(model_dir, np.asarray(ids))).double(), -1)
     expected = expected[:, :-1].gather(-1, torch.from_numpy(np.asarray(ids))[:, 1:, None])[..., 0]
     lists = positions_like(ids[:, 1:]), ids[:, 1:], jnp.asarray(16)
-    np.testing.assert_allclose(token_logps(hidden, model.output_table, *lists, chunk=chunk), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        token_logps(hidden, model.output_table, *lists, tile=Tile(chunk, 3 * chunk)), expected, atol=2e-5
+    )
 
 
 # --- decoding and dtypes ------------------------------------------------------------------------------------

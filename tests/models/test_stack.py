@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from drift_jax.models import stack
+from drift_jax.models.linear import linear
 from drift_jax.models.stack import REMAT, apply_layers, from_zero, look_up, track
 
 LAYERS, BATCH, LENGTH, DIM, WIDE = 4, 2, 6, 8, 16
@@ -23,8 +24,8 @@ def layer(weights: Tree, x: jax.Array, context: Any) -> jax.Array:
     """Has what a decoder layer has: a norm's scale, two products, a residual, and integers it reads besides."""
     gain, shift = context
     scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * weights["scale"]
-    wide = jnp.tanh(jnp.einsum("btd,df->btf", scaled, weights["parts"]["into"].astype(x.dtype)) + shift[..., None])
-    return x + gain * jnp.einsum("btf,fd->btd", wide, weights["parts"]["out"].astype(x.dtype))
+    wide = jnp.tanh(linear("btd,df->btf", scaled, weights["parts"]["into"].astype(x.dtype)) + shift[..., None])
+    return x + gain * linear("btf,fd->btd", wide, weights["parts"]["out"].astype(x.dtype))
 
 
 def make_weights(layers: int = LAYERS, dim: int = DIM, wide: int = WIDE, seed: int = 0) -> Tree:
