@@ -77,7 +77,8 @@ def token_logps(
     chunks = -(-listed // chunk)
     shape = (rows, sources.shape[1] // chunk, chunk)
     states, targets = states.reshape(*shape, dim), targets.reshape(shape)
-    return _chunked(block, states, head, head_grads, targets, chunks).reshape(rows, -1)[:, :length]
+    logps = jnp.asarray(_chunked(block, states, head, head_grads, targets, chunks))
+    return logps.reshape(rows, -1)[:, :length]
 
 
 def _split(vocab: int) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.attention import attend
-from drift_jax.models.linear import linear
+from drift_jax.models.linear import linear, scale_last
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
 from drift_jax.sharding import Dims, build_sharding, constrain
 
@@ -53,7 +53,7 @@ def _weight(
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * x32.astype(x.dtype)
+    return scale_last(x32.astype(x.dtype), scale.astype(x.dtype))
 
 
 class Rope(NamedTuple):

@@ -130,8 +130,8 @@ def _backward(
             return d_q, d_keys.at[j].add(_mix(d_scores, q)), d_values.at[j].add(d_value)
 
         start = (jnp.zeros(q.shape, jnp.float32), *carry)
-        d_q, *carry = jax.lax.fori_loop(mine.first, index + 1, one, start)
-        return tuple(carry), d_q.astype(q.dtype)
+        d_q, d_keys, d_values = jax.lax.fori_loop(mine.first, index + 1, one, start)
+        return (d_keys, d_values), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     xs = (rows, seen, jnp.arange(len(rows)), grad, norms, deltas)
