@@ -17,8 +17,9 @@ import numpy as np
 
 from drift_jax.config import TrainConfig
 from drift_jax.data.pairs import TokenizedPair
+from drift_jax.models.norms import rms_norm
 from drift_jax.models.policy import bind
-from drift_jax.models.qwen import build_rope, rms_norm
+from drift_jax.models.qwen import build_rope
 
 
 class PlainBatch(NamedTuple):

@@ -40,19 +40,3 @@ def _linear_backward(equation: str, kept: tuple[Array, Array], grad: Array) -> t
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
-
-
-@jax.custom_vjp
-def scale_last(x: Float[Array, "*B D"], scale: Float[Array, "D"]) -> Float[Array, "*B D"]:
-    """x * scale. The gradient of the scale is a product with ones: summing columns is slow on CPUs."""
-    return x * scale
-
-
-def _scale_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, scale = kept
-    rows = (grad * x).reshape(-1, x.shape[-1])
-    d_scale = jnp.einsum("r,rd->d", jnp.ones(len(rows), x.dtype), rows, preferred_element_type=jnp.float32)
-    return grad * scale, d_scale.astype(scale.dtype)
-
-
-scale_last.defvjp(lambda x, scale: (x * scale, (x, scale)), _scale_backward)

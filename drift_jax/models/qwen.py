@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.attention import attend
-from drift_jax.models.linear import linear, scale_last
+from drift_jax.models.linear import linear
+from drift_jax.models.norms import rms_norm
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
 from drift_jax.sharding import Dims, build_sharding, constrain
 
@@ -48,12 +49,6 @@ def _weight(
     """Declares a parameter. `std` None means ones (a norm's scale)."""
     value = jnp.ones(shape) if std is None else std * jax.random.normal(rngs.params(), shape)
     return nnx.Param(value, dims=dims, hf_name=hf_name, hf_dims=hf_dims)
-
-
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale_last(x32.astype(x.dtype), scale.astype(x.dtype))
 
 
 class Rope(NamedTuple):

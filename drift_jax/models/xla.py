@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.models.intervals import KeySpans
+from drift_jax.models.norms import sum_last
 from drift_jax.models.remat import attach_backward
 
 _BLOCK = 128
@@ -115,7 +116,7 @@ def _attend(
 def _backward(
     rows: Array, keys: Array, values: Array, seen: _Seen, mixed: Array, norms: Array, grad: Array
 ) -> tuple[Array, Array, Array]:
-    deltas = jnp.sum(grad.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
+    deltas = sum_last(grad.astype(jnp.float32) * mixed.astype(jnp.float32))
 
     def one_block(carry: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         q, mine, index, g, norm, delta = xs
