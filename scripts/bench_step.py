@@ -102,7 +102,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="order of the pairs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our config")
     parser.add_argument("--trl-reference", choices=("before", "within"), default="before", help="the epoch")
-    parser.add_argument("--trl-checkpointing", action="store_true", help="TRL's own default; slower, leaner")
+    parser.add_argument(
+        "--trl-checkpointing", choices=("on", "off"), default="on", help="on is TRL's own default; off: faster, larger"
+    )
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer, instead of .venv-peers/")
     parser.add_argument("--venvs", type=Path, default=REPO / ".venv-peers", help="where peers are installed")
     args = parser.parse_args(argv)
@@ -135,7 +137,7 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
             beta=0.1,
             seed=args.seed,
             precompute=args.trl_reference == "before",
-            gradient_checkpointing=args.trl_checkpointing,
+            gradient_checkpointing=args.trl_checkpointing == "on",
             overrides=args.set,
         )
         flops = useful_flops(json.loads((model / "config.json").read_text()), pairs)

@@ -146,7 +146,7 @@ def test_defaults_are_those_of_the_claim(bench: Any) -> None:
     args = bench.parse_args(["--peer", "tunix"])
     assert (args.pairs, args.max_length, args.batch_size, args.dtype) == (16, 512, 4, "float32")
     assert args.peer_micro_batch == 1 and bench.parse_args(["--peer", "trl"]).peer_micro_batch == 4
-    assert args.learning_rate == 1e-6 and args.trl_reference == "before" and not args.trl_checkpointing
+    assert args.learning_rate == 1e-6 and args.trl_reference == "before" and args.trl_checkpointing == "on"
 
 
 @pytest.fixture

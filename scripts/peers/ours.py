@@ -28,12 +28,10 @@ from drift_jax.train import host_metrics  # noqa: E402
 
 
 def make_config(task: Task) -> RunConfig:
-    # As on the peer's side: without checkpointing the products are kept, with it only the layers' inputs.
-    remat = "layer" if task.gradient_checkpointing else "dots"
     raw: dict[str, Any] = {
         "run_dir": "unused",
         # transformers never trains the row of the pad token; so that both sides do the same work, nor is it here.
-        "model": {"path": task.model_dir, "compute_dtype": task.dtype, "pad_embedding": "frozen", "remat": remat},
+        "model": {"path": task.model_dir, "compute_dtype": task.dtype, "pad_embedding": "frozen", "remat": "dots"},
         "data": {"max_length": task.max_length, "max_prompt_length": task.max_length // 2},
         "train": {
             "beta": task.beta,
