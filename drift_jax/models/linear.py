@@ -15,12 +15,9 @@ from jaxtyping import Array, Float
 from drift_jax.models.remat import keep
 
 
-def linear(
-    equation: str, x: Float[Array, "..."], weight: Float[Array, "..."], *, kept: bool = True
-) -> Float[Array, "..."]:
-    """`jnp.einsum(equation, x, weight)`, which `remat: dots` keeps for the backward pass if `kept`."""
-    product = _linear(equation, x, weight)
-    return keep(product) if kept else product
+def linear(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum(equation, x, weight)`, kept for the backward pass by `remat: dots`."""
+    return keep(_linear(equation, x, weight))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -144,8 +144,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        # Gate and up are the widest of what `remat: dots` could keep; it keeps one, and makes one again.
-        wide = jax.nn.silu(linear("btd,df->btf", x, gate, kept=False)) * linear("btd,df->btf", x, up)
+        wide = jax.nn.silu(linear("btd,df->btf", x, gate)) * linear("btd,df->btf", x, up)
         return linear("btf,df->btd", constrain(wide, "batch", "length", "mlp"), down)
 
 
