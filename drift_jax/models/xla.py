@@ -1,9 +1,9 @@
 """Attention over packed rows in plain XLA, for every platform: block by block, with a hand-written backward pass.
 
-Only the blocks of keys that a block of queries may see are computed, from the first key of its pairs to its own end:
-long rows of many pairs cost no more than short ones. The softmax is the running one of Milakov and Gimelshein
-(arXiv 1805.02867), the backward pass that of FlashAttention (arXiv 2205.14135): it makes the scores again from one
-log-sum-exp a query.
+Only the blocks of keys of which a block of queries sees some are computed: neither other pairs nor, for rejected
+tokens, the chosen side. Long rows of many pairs cost no more than short ones. The softmax is the running one of Milakov
+and Gimelshein (arXiv 1805.02867), the backward pass that of FlashAttention (arXiv 2205.14135): it makes the scores
+again from one log-sum-exp a query.
 """
 
 from __future__ import annotations
@@ -43,33 +43,47 @@ def attend_spans(
     rows = pad(query * dim**-0.5).reshape(batch, blocks, block, kv_heads, -1, dim).transpose(1, 0, 3, 4, 2, 5)
     rows = rows.reshape(blocks, batch, kv_heads, -1, dim)
     keys, values = (pad(x).reshape(batch, blocks, block, kv_heads, dim).transpose(1, 0, 3, 2, 4) for x in (key, value))
-    mixed = attach_backward(_attend, _backward, (rows, keys, values), _split_spans(seen, block, blocks))
+    mixed = attach_backward(_attend, _backward, (rows, keys, values), split_spans(seen, block, blocks))
     mixed = mixed.reshape(blocks, batch, kv_heads, -1, block, dim).transpose(1, 0, 4, 2, 3, 5)
     return mixed.reshape(batch, blocks * block, heads, dim)[:, :length]
 
 
-class _Seen(NamedTuple):
-    """`KeySpans` by blocks, the place of each query, and the first block of keys that a block of queries needs."""
+class SeenBlocks(NamedTuple):
+    """`KeySpans` by blocks, the place of each query, and the blocks of keys that a block of queries needs."""
 
     prompt_start: Int[Array, "I B Q"]
     prompt_stop: Int[Array, "I B Q"]
     own_start: Int[Array, "I B Q"]
     place: Int[Array, "I Q"]
-    first: Int[Array, " I"]
+    needed: Int[Array, "I J"]  # blocks of keys, ascending; those that are needed come first
+    count: Int[Array, " I"]  # how many of them are needed
 
 
-def _split_spans(seen: KeySpans, block: int, blocks: int) -> _Seen:
+def split_spans(seen: KeySpans, block: int, blocks: int) -> SeenBlocks:
+    """Spans [B, T] of at most `blocks` x `block` tokens by blocks of queries; what is added to T is padding."""
     batch, length = seen.own_start.shape
     places = jnp.arange(blocks * block, dtype=seen.own_start.dtype)
     # Padding sees itself.
     rest = jnp.broadcast_to(places[length:], (batch, blocks * block - length))
     spans = (jnp.concatenate([bound, rest], 1).reshape(batch, blocks, block).swapaxes(0, 1) for bound in seen)
     start, stop, own = spans
-    lowest = jnp.minimum(own, jnp.where(start < stop, start, own)).min(axis=(1, 2))
-    return _Seen(start, stop, own, places.reshape(blocks, block), lowest // block)
+    places = places.reshape(blocks, block)
+    return SeenBlocks(start, stop, own, places, *_find_needed(start, stop, own, places))
 
 
-def _sees(seen: _Seen, index: Int[Array, ""]) -> Bool[Array, "B 1 1 Q S"]:
+def _find_needed(
+    start: Int[Array, "I B Q"], stop: Int[Array, "I B Q"], own: Int[Array, "I B Q"], places: Int[Array, "I Q"]
+) -> tuple[Int[Array, "I J"], Int[Array, " I"]]:
+    """The last two fields of `SeenBlocks`: a block of keys is needed where one of the queries sees one of its keys."""
+    blocks, size = places.shape
+    left = jnp.arange(blocks, dtype=places.dtype) * size
+    start, stop, own, place = (bound[..., None] for bound in (start, stop, own, places[:, None]))
+    prompt = (start < stop) & (start < left + size) & (left < stop)
+    needs = ((prompt | (own < left + size)) & (left <= place)).any(axis=(1, 2))
+    return jnp.argsort(~needs, axis=1), needs.sum(axis=1)
+
+
+def _sees(seen: SeenBlocks, index: Int[Array, ""]) -> Bool[Array, "B 1 1 Q S"]:
     """Which keys of block `index` each query of one block (`seen` without its first dim) may look at."""
     size = seen.place.shape[-1]
     keys = index * size + jnp.arange(size)
@@ -87,14 +101,15 @@ def _scores(
 
 
 def _attend(
-    rows: Float[Array, "I B K R H"], keys: Float[Array, "I B K S H"], values: Float[Array, "I B K S H"], seen: _Seen
+    rows: Float[Array, "I B K R H"], keys: Float[Array, "I B K S H"], values: Float[Array, "I B K S H"], seen: SeenBlocks
 ) -> tuple[Float[Array, "I B K R H"], Float[Array, "I B K R"]]:
     """Blocks of queries (R: all that share a kv head) over the blocks of keys before them; and their log-sum-exps."""
 
-    def one_block(_: None, xs: tuple[Array, _Seen, Array]) -> tuple[None, tuple[Array, Array]]:
-        q, mine, index = xs
+    def one_block(_: None, xs: tuple[Array, SeenBlocks]) -> tuple[None, tuple[Array, Array]]:
+        q, mine = xs
 
-        def one(j: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def one(n: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            j = mine.needed[n]
             largest, total, mixed = sums
             scores = _scores(q, keys[j], _sees(mine, j))
             new_largest = jnp.maximum(largest, scores.max(axis=-1))
@@ -107,21 +122,22 @@ def _attend(
 
         zeros = jnp.zeros(q.shape[:-1], jnp.float32)
         start = (zeros + _MASKED, zeros, jnp.zeros(q.shape, jnp.float32))
-        largest, total, mixed = jax.lax.fori_loop(mine.first, index + 1, one, start)
+        largest, total, mixed = jax.lax.fori_loop(0, mine.count, one, start)
         return None, ((mixed / total[..., None]).astype(q.dtype), largest + jnp.log(total))
 
-    return jax.lax.scan(one_block, None, (rows, seen, jnp.arange(len(rows))))[1]
+    return jax.lax.scan(one_block, None, (rows, seen))[1]
 
 
 def _backward(
-    rows: Array, keys: Array, values: Array, seen: _Seen, mixed: Array, norms: Array, grad: Array
+    rows: Array, keys: Array, values: Array, seen: SeenBlocks, mixed: Array, norms: Array, grad: Array
 ) -> tuple[Array, Array, Array]:
     deltas = sum_last(grad.astype(jnp.float32) * mixed.astype(jnp.float32))
 
     def one_block(carry: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
-        q, mine, index, g, norm, delta = xs
+        q, mine, g, norm, delta = xs
 
-        def one(j: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def one(n: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            j = mine.needed[n]
             d_q, d_keys, d_values = sums
             weights = jnp.exp(_scores(q, keys[j], _sees(mine, j)) - norm[..., None])
             d_weights = jnp.einsum("bkrh,bksh->bkrs", g, values[j], preferred_element_type=jnp.float32)
@@ -131,11 +147,11 @@ def _backward(
             return d_q, d_keys.at[j].add(_mix(d_scores, q)), d_values.at[j].add(d_value)
 
         start = (jnp.zeros(q.shape, jnp.float32), *carry)
-        d_q, d_keys, d_values = jax.lax.fori_loop(mine.first, index + 1, one, start)
+        d_q, d_keys, d_values = jax.lax.fori_loop(0, mine.count, one, start)
         return (d_keys, d_values), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    xs = (rows, seen, jnp.arange(len(rows)), grad, norms, deltas)
+    xs = (rows, seen, grad, norms, deltas)
     (d_keys, d_values), d_rows = jax.lax.scan(one_block, (zeros, zeros), xs)
     return d_rows, d_keys.astype(keys.dtype), d_values.astype(values.dtype)
 

@@ -18,7 +18,7 @@ from drift_jax.errors import ConfigError
 from drift_jax.models import splash, triton
 from drift_jax.models.attention import BACKENDS, attend, attend_by_kernel, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, find_overlap, place_tokens, to_intervals
-from drift_jax.models.xla import attend_spans
+from drift_jax.models.xla import attend_spans, split_spans
 from drift_jax.sharding import build_mesh
 
 KERNELS = {"splash": splash.attend, "triton": triton.attend}
@@ -198,6 +198,29 @@ def test_kernels_in_bfloat16_are_as_close_to_float32_as_xla_is(name: str) -> Non
     xla = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), *narrow)
     for a, b, c in zip(value_and_grads(lambda *qkv: kernel(*qkv, spans), *narrow), xla, exact, strict=True):
         assert 0 < np.linalg.norm(a - c) <= 1.25 * np.linalg.norm(b - c)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.lists(st.tuples(*[st.integers(1, 40)] * 3), max_size=4), min_size=1, max_size=3))
+@example([[(8, 32, 24)]])  # the block of rejected tokens does not need those of chosen ones
+def test_xla_goes_through_the_blocks_that_are_seen(rows: list[list[Pair]]) -> None:
+    size, length = 8, 128
+    seen = split_spans(make_spans(rows, length), size, length // size)
+    expected = make_mask(rows, length).reshape(len(rows), length // size, size, length // size, size).any((0, 2, 4))
+    for order, count, blocks in zip(seen.needed, seen.count, expected, strict=True):
+        assert sorted(order[:count].tolist()) == np.flatnonzero(blocks).tolist()
+
+
+def test_xla_computes_no_block_that_nothing_sees() -> None:
+    """NaN in the chosen keys, of which rejected tokens see none: 0 x NaN would show if they were computed."""
+    q, k, v = random_qkv(384, heads=2, kv_heads=1, dim=16, rows=1)
+    spans = make_spans([[(128, 128, 128)]], 384)
+    grads = jax.jit(jax.grad(lambda *qkv: jnp.sin(attend_spans(*qkv, spans)[:, 256:]).sum(), argnums=(0, 1, 2)))
+    clean = grads(q, k, v)
+    for grad, whole in zip(grads(q, *(x.at[:, 128:256].set(jnp.nan) for x in (k, v))), clean, strict=True):
+        np.testing.assert_array_equal(grad[:, 256:], whole[:, 256:])
+    poisoned = grads(q, *(x.at[:, 256].set(jnp.nan) for x in (k, v)))  # and from its own side it does spread
+    assert np.isnan(poisoned[0][:, 256:]).any()
 
 
 @pytest.mark.parametrize("name", KERNELS)
