@@ -37,6 +37,7 @@ from drift_jax.models.intervals import KeyIntervals, KeySpans, place_tokens, to_
 from drift_jax.models.logps import choose_tile, token_logps
 from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
+from drift_jax.models.stack import resolve_scan
 from drift_jax.optim import apply_gradients, build_optimizer, build_schedule
 from drift_jax.sharding import constrain, replicated
 
@@ -59,6 +60,7 @@ class StepSetup:
     graphdef: Any
     config: TrainConfig
     remat: str
+    scan_layers: bool
     attention: AttentionBackend
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -101,7 +103,8 @@ def completion_token_logps(
     rows, seen = arrange(setup.attention, micro)
     model = bind(setup.graphdef, params)
     ids, positions = (constrain(x, "batch", "length") for x in (rows.ids, rows.positions))
-    hidden = model.hidden(ids, positions, seen, attend=setup.attention.attend, remat=setup.remat, grads=grads)
+    loop = {"remat": setup.remat, "scan": setup.scan_layers}
+    hidden = model.hidden(ids, positions, seen, attend=setup.attention.attend, **loop, grads=grads)
     listed = jnp.max(jnp.sum(micro.owners >= 0, axis=1))
     head, head_grads = model.output_table, model.output_grads(grads)
     tile = choose_tile(setup.platform, len(ids), len(head))
@@ -218,13 +221,15 @@ class Trainer:
         remat: str,
         total_steps: int,
         attention: str = "auto",
+        scan_layers: bool | None = None,
     ) -> None:
         self.mesh = mesh
         platform = mesh.devices.flat[0].platform
         backend = resolve_attention(attention, platform)
         optimizer = build_optimizer(config, total_steps)
         schedule = build_schedule(config, total_steps)
-        self.setup = StepSetup(platform, graphdef, config, remat, backend, optimizer, schedule)
+        scan = resolve_scan(scan_layers, remat, platform)
+        self.setup = StepSetup(platform, graphdef, config, remat, scan, backend, optimizer, schedule)
         self.abstract_state = self._abstract_state(abstract_params(declared, mesh, jnp.dtype(config.master_dtype)))
         # Pinned: a state that came back placed differently would be compiled for a second time.
         placement = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)

@@ -31,7 +31,7 @@ PACKAGE = Path(drift_jax.__file__).parent
 # The contract with users. A change here needs a line in CHANGELOG.md, and a reason.
 KEYS = """
 run_dir
-model.path model.revision model.compute_dtype model.remat model.attention model.pad_embedding
+model.path model.revision model.compute_dtype model.remat model.scan_layers model.attention model.pad_embedding
 preset
 data.dsat data.seed_train data.seed_test data.test_rows data.max_rows data.max_length data.max_prompt_length
 data.template data.eos data.truncation data.on_bad_row

@@ -16,7 +16,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int
 
-from drift_jax.data.packing import BatchShape, choose_shape, count_micro_batches, pack_rows, plan_shapes, token_budget
+from drift_jax.data.packing import (
+    BatchShape,
+    choose_shape,
+    count_micro_batches,
+    most_micro_batches,
+    pack_rows,
+    plan_shapes,
+    token_budget,
+)
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import GroupCut
 from drift_jax.models.intervals import KeySpans
@@ -92,6 +100,11 @@ class PairLoader:
         return -(-len(self.pairs) // self.batch_size)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest pair."""
+        return max(map(pair_tokens, self.pairs))
+
+    @cached_property
     def shapes(self) -> tuple[BatchShape, ...]:
         """The shapes of all micro-batches of the stage, planned on its first epoch."""
         return self._plan([self._rows_of(step) for step in range(self.steps_per_epoch)])
@@ -142,7 +155,7 @@ class PairLoader:
     def _plan(self, batches: Sequence[Int[np.ndarray, "_"]]) -> tuple[BatchShape, ...]:
         lengths = [self._lengths(rows) for rows in batches]
         per_device = max(1, self.batch_size // self.accumulation_steps // self.ways)
-        budget = self.tokens_per_device or token_budget(max(map(max, lengths)), per_device)
+        budget = self.tokens_per_device or token_budget(self.longest, per_device)
         return plan_shapes(lengths, self.ways, budget, self.attention)
 
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
@@ -169,7 +182,7 @@ class PairLoader:
         packed = pack_rows(lengths, shape.length)
         micro_batches = -(-len(packed) // shape.rows)
         # As many micro-batches as the update could need at most, so that their number is no part of the shape.
-        empty = _empty_rows(-(-self.batch_size // shape.rows), shape, self.batch_size)
+        empty = _empty_rows(most_micro_batches(self.batch_size, self.longest, shape), shape, self.batch_size)
         batch = empty._replace(ref_logps=ref_logps, micro_batches=np.int32(micro_batches))
         batch.real[: len(rows)] = True
         for i, members in enumerate(packed):

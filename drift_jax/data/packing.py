@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 # Row lengths are multiples of this: the kernels' smallest blocks.
 ROW_MULTIPLE = 128
-_LONGEST_ROW = 8192
 # Tokens of a micro-batch on one device. More only costs memory; fewer leave matrices too thin.
 _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
 # Shapes are planned on so many updates at most, spread evenly over the stage.
@@ -29,12 +28,17 @@ class Costs(NamedTuple):
     double: int  # a token of a row this long costs twice as much
     micro_batch: int  # every micro-batch goes through all weights and gradients, which takes as long as so many tokens
     multiple: int  # rows longer than any pair are multiples of this
+    longest: int  # and no longer than this, unless a pair is
 
 
-# By attention back end. All of them skip the keys of other pairs and only have some overhead. Of every parameter a
-# micro-batch moves some 25 bytes, and a token takes 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU
-# few. Kernels like rows of their largest blocks.
-COSTS = {"xla": Costs(65536, 64, 128), "splash": Costs(65536, 512, 512), "triton": Costs(65536, 512, 512)}
+# By attention back end. All of them skip the keys of other pairs and only have some overhead; what the Triton kernel
+# does for a token does not depend on its row. Of every parameter a micro-batch moves some 25 bytes, and a token takes
+# 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU few. Kernels like rows of their largest blocks.
+COSTS = {
+    "xla": Costs(65536, 64, 128, 8192),
+    "splash": Costs(65536, 512, 512, 8192),
+    "triton": Costs(1 << 20, 512, 512, 32768),
+}
 
 
 class BatchShape(NamedTuple):
@@ -85,6 +89,15 @@ def count_micro_batches(lengths: Sequence[int], shape: BatchShape) -> int:
     return -(-len(pack_rows(lengths, shape.length)) // shape.rows)
 
 
+def most_micro_batches(pairs: int, longest: int, shape: BatchShape) -> int:
+    """Micro-batches of this shape that so many pairs of at most `longest` tokens can take, however they are packed.
+
+    No two rows of `pack_rows` fit into one, so that any two hold more than a row.
+    """
+    rows = min(pairs, 2 * pairs * longest // shape.length + 1)
+    return -(-rows // shape.rows)
+
+
 def plan_shapes(
     batches: Sequence[Sequence[int]], ways: int, budget: int, attention: str = "splash"
 ) -> tuple[BatchShape, ...]:
@@ -98,7 +111,8 @@ def plan_shapes(
     """
     longest = max(max(lengths) for lengths in batches)
     planned = batches[:: -(-len(batches) // _MOST_PLANNED)]
-    costs = _tabulate(planned, _candidates(longest, ways, budget, COSTS[attention].multiple), ways, COSTS[attention])
+    extra = COSTS[attention]
+    costs = _tabulate(planned, _candidates(longest, ways, budget, extra), ways, extra)
     # The first shape must take every pair of the stage, those of later epochs' batches included.
     whole = [shape for shape in costs if shape.length >= longest]
     chosen = [min(whole, key=lambda shape: (sum(costs[shape]), -shape.tokens))]
@@ -121,10 +135,10 @@ def choose_shape(
     return min(shapes, key=lambda shape: costs[shape][0])
 
 
-def _candidates(longest: int, ways: int, budget: int, multiple: int) -> list[BatchShape]:
+def _candidates(longest: int, ways: int, budget: int, extra: Costs) -> list[BatchShape]:
     """Rows of half the longest pair to several pairs; as many as the budget holds, or half as many, or some tokens."""
     lengths = {round_up(-(-longest * eighths // 8), ROW_MULTIPLE) for eighths in range(4, 9)}
-    lengths |= set(range(round_up(longest, multiple), min(budget, _LONGEST_ROW) + 1, multiple))
+    lengths |= set(range(round_up(longest, extra.multiple), min(budget, extra.longest) + 1, extra.multiple))
     shapes = []
     for length in sorted(lengths, reverse=True):
         most = max(1, budget // length)

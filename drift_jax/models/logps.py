@@ -31,9 +31,10 @@ class Tile(NamedTuple):
 
 
 # Logits on one device. A CPU is fastest where they stay in its cache. An accelerator wants large matrices, and many
-# tokens for each time that it reads and writes the gradient of the table.
-_TILES = {"cpu": Tile(256, 4096)}
-_LARGE_TILE = Tile(1024, 32768)  # 128 MiB in float32
+# tokens for each time that it reads and writes the gradient of the table: 128 MiB of them in float32.
+_TILES = {"cpu": Tile(256, 4096), "gpu": Tile(2048, 16384)}
+_LARGE_TILE = Tile(1024, 32768)
+_WORD_MULTIPLE = 128
 
 
 def choose_tile(platform: str, rows: int, vocab: int) -> Tile:
@@ -43,7 +44,9 @@ def choose_tile(platform: str, rows: int, vocab: int) -> Tile:
     """
     each = _TILES.get(platform, _LARGE_TILE)
     ways = split_ways("vocab_slice")
-    words = vocab if ways > 1 else min(each.words, vocab)
+    blocks = 1 if ways > 1 else -(-vocab // each.words)
+    # Blocks of one size, since the last one reaches back into the one before it.
+    words = vocab if blocks == 1 else -(-vocab // blocks // _WORD_MULTIPLE) * _WORD_MULTIPLE
     per_token = rows * words // (split_ways("rows") * ways)
     fitting = max(_SMALLEST_CHUNK, each.tokens * each.words // max(1, per_token))
     return Tile(1 << (fitting.bit_length() - 1), words)

@@ -222,6 +222,7 @@ class Qwen(nnx.Module):
         *,
         attend: Attend = attend,
         remat: str = "none",
+        scan: bool = True,
         grads: dict[str, Any] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of rows, after the last norm.
@@ -229,6 +230,7 @@ class Qwen(nnx.Module):
         Args:
           seen: which keys each query sees, handed on to `attend`; None: plain causal rows, padded on the right.
           remat: a key of `stack.REMAT`.
+          scan: see `stack.apply_layers`.
           grads: None, or gradients of all parameters so far, to which theirs go (see models/stack.py).
         """
         rope = build_rope(positions, self.config.head_dim, self.config.rope_theta)
@@ -244,7 +246,7 @@ class Qwen(nnx.Module):
             return nnx.merge(graphdef, weights)(x, rope, over)[0]
 
         x = self._embed(ids, embed_grads)
-        x: Any = apply_layers(layer, remat, nnx.to_pure_dict(stacked), grads["blocks"], x, (rope, seen))
+        x: Any = apply_layers(layer, remat, nnx.to_pure_dict(stacked), grads["blocks"], x, (rope, seen), scan)
         return rms_norm(x, track(self.norm[...], grads["norm"]), self.config.norm_eps)
 
     def prefill(self, ids: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:

@@ -75,48 +75,104 @@ REMAT: dict[str, Remat] = {
 }
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def resolve_scan(scan_layers: bool | None, remat: str, platform: str) -> bool:
+    """What `model.scan_layers` means on devices of `platform` (`jax.Device.platform`).
+
+    On a GPU the copies into and out of a scan's stack take a tenth of a step that keeps products (BENCHMARKS.md).
+    """
+    return not (platform == "gpu" and remat in ("none", "dots")) if scan_layers is None else scan_layers
+
+
 def apply_layers(
-    layer: Layer, remat: str, weights: Any, grads: Any, x: Float[Array, "B T D"], context: Any
+    layer: Layer,
+    remat: str,
+    weights: Any,
+    grads: Any,
+    x: Float[Array, "B T D"],
+    context: Any,
+    scan: bool = True,
 ) -> Float[Array, "B T D"]:
     """x through all layers.
 
     Args:
+      remat: a key of `REMAT`.
       weights: pytree of the layers' parameters, stacked along dim 0.
       grads: None, or gradients of `weights` so far; see the head of this file.
       context: what every layer reads besides (positions, spans); it has no gradient.
+      scan: one layer's program for all of them; False: with a backward pass, a program that grows with depth.
     """
-
-    def one(x: Array, xs: tuple[Any, Array]) -> tuple[Array, None]:
-        return layer(_cast(*xs, x.dtype), x, context), None
-
-    return jax.lax.scan(one, x, (weights, _indices(weights)))[0]
+    return jnp.asarray(_apply(layer, remat, _scan if scan else _unroll, weights, grads, x, context))
 
 
-def _apply_forward(layer: Layer, remat: str, weights: Any, grads: Any, x: Array, context: Any) -> tuple[Array, Any]:
-    def one(x: Array, xs: tuple[Any, Array]) -> tuple[Array, Any]:
-        return REMAT[remat].keep(layer, _cast(*xs, x.dtype), x, context)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _apply(
+    layer: Layer, remat: str, loop: _Loop, weights: Any, grads: Any, x: Float[Array, "B T D"], context: Any
+) -> Float[Array, "B T D"]:
+    def one(x: Array, xs: _OfLayer) -> tuple[Array, None]:
+        return layer(_cast(xs.weights, xs.index, x.dtype), x, context), None
 
-    x, kept = jax.lax.scan(one, x, (weights, _indices(weights)))
+    # Without a backward pass nothing is kept, and a scan costs nothing.
+    return _scan(one, x, weights, None)[0]
+
+
+def _apply_forward(
+    layer: Layer, remat: str, loop: _Loop, weights: Any, grads: Any, x: Array, context: Any
+) -> tuple[Array, Any]:
+    def one(x: Array, xs: _OfLayer) -> tuple[Array, Any]:
+        return REMAT[remat].keep(layer, _cast(xs.weights, xs.index, x.dtype), x, context)
+
+    x, kept = loop(one, x, weights, None)
     return x, (weights, grads, kept, context)
 
 
-def _apply_backward(layer: Layer, remat: str, residuals: Any, grad: Array) -> tuple[Any, ...]:
+def _apply_backward(layer: Layer, remat: str, loop: _Loop, residuals: Any, grad: Array) -> tuple[Any, ...]:
     weights, grads, kept, context = residuals
 
-    def one(carry: tuple[Array, Any], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
-        (grad, total), (w, k, index) = carry, xs
-        dw, grad = REMAT[remat].back(layer, _cast(w, index, grad.dtype), k, context, grad)
+    def one(carry: tuple[Array, Any], xs: _OfLayer) -> tuple[tuple[Array, Any], Any]:
+        grad, total = carry
+        dw, grad = REMAT[remat].back(layer, _cast(xs.weights, xs.index, grad.dtype), xs.kept, context, grad)
         if total is None:
-            return (grad, None), jax.tree.map(lambda more, w: more.astype(w.dtype), dw, w)
-        return (grad, jax.tree.map(partial(_add_at, index), total, dw)), None
+            return (grad, None), jax.tree.map(lambda more, w: more.astype(w.dtype), dw, xs.weights)
+        return (grad, jax.tree.map(partial(_add_at, xs.index), total, dw)), None
 
-    (grad, total), own = jax.lax.scan(one, (grad, grads), (weights, kept, _indices(weights)), reverse=True)
+    (grad, total), own = loop(one, (grad, grads), weights, kept, reverse=True)
+    if isinstance(own, list):
+        own = jax.tree.map(lambda *layers: jnp.stack(layers), *own)
     return own, total, grad, None
 
 
-def _indices(weights: Any) -> Int[Array, "L"]:
-    return jnp.arange(jax.tree.leaves(weights)[0].shape[0])
+class _OfLayer(NamedTuple):
+    """What a loop hands to each layer."""
+
+    weights: Any
+    kept: Any
+    index: Int[Array, ""]
+
+
+# (function, carry, weights, kept) -> (carry, results): of every layer, stacked or as a list, as `kept` is again.
+_Loop = Callable[..., tuple[Any, Any]]
+
+
+def _scan(function: Callable[..., Any], carry: Any, weights: Any, kept: Any, reverse: bool = False) -> tuple[Any, Any]:
+    indices = jnp.arange(_count(weights))
+    return jax.lax.scan(function, carry, _OfLayer(weights, kept, indices), reverse=reverse)
+
+
+def _unroll(
+    function: Callable[..., Any], carry: Any, weights: Any, kept: Any, reverse: bool = False
+) -> tuple[Any, Any]:
+    """What is kept stays where it was made: a scan copies it into a stack, and out of it again."""
+    results: list[Any] = [None] * _count(weights)
+    for i in sorted(range(len(results)), reverse=reverse):
+        of_layer = jax.tree.map(lambda w, i=i: w[i], weights)
+        # The barrier: in one program with the forward pass, what is to be made again would be shared with it instead.
+        mine = None if kept is None else jax.lax.optimization_barrier(kept[i])
+        carry, results[i] = function(carry, _OfLayer(of_layer, mine, jnp.int32(i)))
+    return carry, results
+
+
+def _count(weights: Any) -> int:
+    return jax.tree.leaves(weights)[0].shape[0]
 
 
 def _cast(weights: Any, index: Array, dtype: Any) -> Any:
@@ -140,7 +196,7 @@ def _add(total: Array, more: Array) -> Array:
     return (total.astype(wide) + more.astype(wide)).astype(total.dtype)
 
 
-apply_layers.defvjp(_apply_forward, _apply_backward)
+_apply.defvjp(_apply_forward, _apply_backward)
 
 
 @jax.custom_vjp

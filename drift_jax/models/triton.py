@@ -12,20 +12,37 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from drift_jax.errors import ConfigError
 from drift_jax.models.intervals import KeyIntervals, check_row_length, find_overlap
 from drift_jax.models.remat import attach_backward
 
-_QUERY_BLOCK, _KEY_BLOCK = 128, 64  # forward
-_BACKWARD_BLOCK = 64  # queries and keys
+
+class Launch(NamedTuple):
+    """How a kernel goes through a row: tokens of a block of each kind, and the GPU's resources for one program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int  # blocks on their way to shared memory at a time
+
+
+class Launches(NamedTuple):
+    forward: Launch
+    query: Launch  # dQ
+    key: Launch  # dK and dV
+    heads_per_program: int | None  # query heads that one program of `key` adds up; None: all that share a kv head
+
+
+# The fastest of those tried on an H100 (scripts/bench_attention.py), where they fit into its shared memory.
+_LAUNCHES = Launches(Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), None)
 _MASKED = -1e30  # finite: a block may hold no key of a query
 _LOG2_E = math.log2(math.e)  # 2**x is what the hardware has
 
@@ -57,20 +74,21 @@ def _forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
-    visits = _find_visits(find_overlap(intervals, _QUERY_BLOCK, _KEY_BLOCK), _QUERY_BLOCK, _KEY_BLOCK)
-    rows = pl.BlockSpec((None, _QUERY_BLOCK, None, dim), lambda i, b, n: (b, i, n, 0))
+    launch = choose_launches(query).forward
+    visits = _find_visits(intervals, launch)
+    rows = pl.BlockSpec((None, launch.queries, None, dim), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
-    bound = pl.BlockSpec((None, _QUERY_BLOCK), lambda i, b, n: (b, i))
+    bound = pl.BlockSpec((None, launch.queries), lambda i, b, n: (b, i))
     return pl.pallas_call(
-        partial(_forward_kernel, scale=dim**-0.5),
-        grid=(length // _QUERY_BLOCK, batch, heads),
+        partial(_forward_kernel, scale=dim**-0.5, key_block=launch.keys),
+        grid=(length // launch.queries, batch, heads),
         in_specs=[rows, keys, keys, bound, bound, pl.BlockSpec((None, None, 4), lambda i, b, n: (b, i, 0))],
-        out_specs=[rows, pl.BlockSpec((None, None, _QUERY_BLOCK), lambda i, b, n: (b, n, i))],
+        out_specs=[rows, pl.BlockSpec((None, None, launch.queries), lambda i, b, n: (b, n, i))],
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, value.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
-        compiler_params=_choose_resources(query),
+        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         interpret=interpret,
         name="pair_attention_forward",
     )(query, key, value, *intervals, visits)
@@ -79,76 +97,91 @@ def _forward(
 def _backward(
     interpret: bool, query: Array, key: Array, value: Array, intervals: KeyIntervals, *rest: Array
 ) -> tuple[Array, Array, Array]:
-    (start, stop), (mixed, lse, d_mixed) = intervals, rest
+    mixed, lse, d_mixed = rest
     delta = jnp.einsum("btnh,btnh->bnt", mixed, d_mixed, preferred_element_type=jnp.float32)
-    overlap = find_overlap(KeyIntervals(start, stop), _BACKWARD_BLOCK, _BACKWARD_BLOCK)
-    inputs = (query, key, value, start, stop, d_mixed, lse, delta)
-    d_query = _backward_query(interpret, *inputs, overlap)
-    d_key, d_value = _backward_key(interpret, *inputs, overlap)
-    return d_query, d_key, d_value
+    inputs = (query, key, value, *intervals, d_mixed, lse, delta)
+    return _backward_query(interpret, *inputs), *_backward_key(interpret, *inputs)
 
 
 def _backward_query(interpret: bool, *inputs: Array) -> Array:
-    query, key, *_, overlap = inputs
+    query, key, _, start, stop, *_ = inputs
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
-    visits = _find_visits(overlap, _BACKWARD_BLOCK, _BACKWARD_BLOCK)
-    rows = pl.BlockSpec((None, _BACKWARD_BLOCK, None, dim), lambda i, b, n: (b, i, n, 0))
+    launch = choose_launches(query).query
+    visits = _find_visits(KeyIntervals(start, stop), launch)
+    rows = pl.BlockSpec((None, launch.queries, None, dim), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
-    bound = pl.BlockSpec((None, _BACKWARD_BLOCK), lambda i, b, n: (b, i))
-    number = pl.BlockSpec((None, None, _BACKWARD_BLOCK), lambda i, b, n: (b, n, i))
+    bound = pl.BlockSpec((None, launch.queries), lambda i, b, n: (b, i))
+    number = pl.BlockSpec((None, None, launch.queries), lambda i, b, n: (b, n, i))
     visit = pl.BlockSpec((None, None, 4), lambda i, b, n: (b, i, 0))
     return pl.pallas_call(
-        partial(_backward_query_kernel, scale=dim**-0.5),
-        grid=(length // _BACKWARD_BLOCK, batch, heads),
+        partial(_backward_query_kernel, scale=dim**-0.5, key_block=launch.keys),
+        grid=(length // launch.queries, batch, heads),
         in_specs=[rows, keys, keys, bound, bound, rows, number, number, visit],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=_choose_resources(query),
+        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         interpret=interpret,
         name="pair_attention_backward_query",
-    )(*inputs[:-1], visits)
+    )(*inputs, visits)
 
 
 def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
-    query, key, value, *_, overlap = inputs
+    query, key, value, start, stop, *_ = inputs
     batch, length, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    groups = heads // kv_heads
-    visits = _find_visits(overlap.transpose(0, 2, 1), _BACKWARD_BLOCK, _BACKWARD_BLOCK)
-    rows = pl.BlockSpec((None, length, groups, dim), lambda j, b, k: (b, 0, k, 0))
-    keys = pl.BlockSpec((None, _BACKWARD_BLOCK, None, dim), lambda j, b, k: (b, j, k, 0))
-    bound = pl.BlockSpec((None, length), lambda j, b, k: (b, 0))
-    number = pl.BlockSpec((None, groups, length), lambda j, b, k: (b, k, 0))
-    visit = pl.BlockSpec((None, None, 4), lambda j, b, k: (b, j, 0))
-    d_key, d_value = pl.pallas_call(
-        partial(_backward_key_kernel, scale=dim**-0.5, groups=groups),
-        grid=(length // _BACKWARD_BLOCK, batch, kv_heads),
+    groups = heads // key.shape[2]
+    launches = choose_launches(query)
+    launch, each = launches.key, launches.heads_per_program or groups
+    each = math.gcd(each, groups)
+    parts = heads // each  # one program's sums each, in float32 where those of a kv head are added up afterwards
+    visits = _find_visits(KeyIntervals(start, stop), launch, by_key=True)
+    rows = pl.BlockSpec((None, length, each, dim), lambda j, b, p: (b, 0, p, 0))
+    keys = pl.BlockSpec((None, launch.keys, None, dim), lambda j, b, p: (b, j, p * each // groups, 0))
+    sums = pl.BlockSpec((None, launch.keys, None, dim), lambda j, b, p: (b, j, p, 0))
+    bound = pl.BlockSpec((None, length), lambda j, b, p: (b, 0))
+    number = pl.BlockSpec((None, each, length), lambda j, b, p: (b, p, 0))
+    visit = pl.BlockSpec((None, None, 4), lambda j, b, p: (b, j, 0))
+    wide = jnp.float32 if each < groups else None
+    out = [jax.ShapeDtypeStruct((batch, length, parts, dim), wide or x.dtype) for x in (key, value)]
+    found = pl.pallas_call(
+        partial(_backward_key_kernel, scale=dim**-0.5, heads=each, query_block=launch.queries),
+        grid=(length // launch.keys, batch, parts),
         in_specs=[rows, keys, keys, bound, bound, rows, number, number, visit],
-        out_specs=[keys, keys],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
-        compiler_params=_choose_resources(query),
+        out_specs=[sums, sums],
+        out_shape=out,
+        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         interpret=interpret,
         name="pair_attention_backward_key",
-    )(*inputs[:-1], visits)
+    )(*inputs, visits)
+    d_key, d_value = (x.reshape(*key.shape[:3], -1, dim).sum(axis=3).astype(key.dtype) for x in found)
     return d_key, d_value
 
 
-def _choose_resources(query: Array) -> plt.CompilerParams:
-    """Two blocks on their way at a time, one where two would not fit into an A100's 163 KiB of shared memory."""
-    dim = query.shape[3]
-    return plt.CompilerParams(num_warps=4 if dim <= 64 else 8, num_stages=2 if dim * query.dtype.itemsize <= 256 else 1)
+def choose_launches(query: Float[Array, "B T N H"]) -> Launches:
+    """Those of an H100, with one block on its way at a time where two would not fit into shared memory."""
+    dim, wide = query.shape[3], query.shape[3] * query.dtype.itemsize > 256
+
+    def fit(launch: Launch) -> Launch:
+        return launch._replace(warps=4 if dim <= 64 else launch.warps, stages=1 if wide else launch.stages)
+
+    kernels = _LAUNCHES
+    return kernels._replace(forward=fit(kernels.forward), query=fit(kernels.query), key=fit(kernels.key))
 
 
 # --- which blocks ------------------------------------------------------------------------------------------
 
 
-def _find_visits(overlap: Bool[Array, "B I J"], row_block: int, column_block: int) -> Int[Array, "B I 4"]:
-    """Per row of blocks: (first column, columns before the gap, column after the gap, columns in all).
+def _find_visits(intervals: KeyIntervals, launch: Launch, by_key: bool = False) -> Int[Array, "B I 4"]:
+    """Which blocks of keys each block of queries visits, or the other way round.
 
-    The gap ends at the diagonal, which is never empty. Keys late in a prompt have one: all of the chosen side sees
-    them, the tokens of the prompt before them do not.
+    Per block: (first, how many before the gap, the one after the gap, how many in all). The gap ends at the diagonal,
+    which is never empty. Keys late in a prompt have one: all of the chosen side sees them, the tokens of the prompt
+    before them do not.
     """
+    overlap = find_overlap(intervals, launch.queries, launch.keys)
+    row_block, column_block = launch.queries, launch.keys
+    if by_key:
+        overlap, row_block, column_block = overlap.transpose(0, 2, 1), launch.keys, launch.queries
     rows, columns = overlap.shape[1:]
     index = jnp.arange(columns, dtype=jnp.int32)
     diagonal = jnp.arange(rows, dtype=jnp.int32) * row_block // column_block
@@ -185,13 +218,14 @@ def _forward_kernel(
     mixed_ref: Any,
     lse_ref: Any,
     scale: float,
+    key_block: int,
 ) -> None:
     query, start, stop = query_ref[...], start_ref[...], stop_ref[...]
 
     def visit(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mixed, top, total = carry
-        first_key = _pick_block(visits, step) * _KEY_BLOCK
-        keys = pl.ds(first_key, _KEY_BLOCK)
+        first_key = _pick_block(visits, step) * key_block
+        keys = pl.ds(first_key, key_block)
         scores = _score(query, key_ref[keys, :], start, stop, first_key, scale)
         new_top = jnp.maximum(top, scores.max(axis=1))
         shrink, weights = jnp.exp2(top - new_top), jnp.exp2(scores - new_top[:, None])
@@ -218,13 +252,14 @@ def _backward_query_kernel(
     visits: Any,
     d_query_ref: Any,
     scale: float,
+    key_block: int,
 ) -> None:
     query, start, stop, d_mixed = query_ref[...], start_ref[...], stop_ref[...], d_mixed_ref[...]
     lse, delta = lse_ref[...], delta_ref[...]
 
     def visit(step: Array, d_query: Array) -> Array:
-        first_key = _pick_block(visits, step) * _BACKWARD_BLOCK
-        keys = pl.ds(first_key, _BACKWARD_BLOCK)
+        first_key = _pick_block(visits, step) * key_block
+        keys = pl.ds(first_key, key_block)
         key, value = key_ref[keys, :], value_ref[keys, :]
         weights = jnp.exp2(_score(query, key, start, stop, first_key, scale) - lse[:, None])
         d_scores = weights * (plt.dot(d_mixed, value, trans_b=True) - delta[:, None])
@@ -247,23 +282,24 @@ def _backward_key_kernel(
     d_key_ref: Any,
     d_value_ref: Any,
     scale: float,
-    groups: int,
+    heads: int,
+    query_block: int,
 ) -> None:
     key, value = key_ref[...], value_ref[...]
-    first_key = pl.program_id(0) * _BACKWARD_BLOCK
+    first_key = pl.program_id(0) * key.shape[0]
 
     def visit(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_key, d_value = carry
-        group = jax.lax.rem(step, groups)
-        queries = pl.ds(_pick_block(visits, jax.lax.div(step, groups)) * _BACKWARD_BLOCK, _BACKWARD_BLOCK)
-        query, d_mixed = query_ref[queries, group, :], d_mixed_ref[queries, group, :]
+        head = jax.lax.rem(step, heads)
+        queries = pl.ds(_pick_block(visits, jax.lax.div(step, heads)) * query_block, query_block)
+        query, d_mixed = query_ref[queries, head, :], d_mixed_ref[queries, head, :]
         scores = _score(query, key, start_ref[queries], stop_ref[queries], first_key, scale)
-        weights = jnp.exp2(scores - lse_ref[group, queries][:, None])
+        weights = jnp.exp2(scores - lse_ref[head, queries][:, None])
         d_value = d_value + plt.dot(weights.astype(d_mixed.dtype), d_mixed, trans_a=True)
-        d_scores = weights * (plt.dot(d_mixed, value, trans_b=True) - delta_ref[group, queries][:, None])
+        d_scores = weights * (plt.dot(d_mixed, value, trans_b=True) - delta_ref[head, queries][:, None])
         return d_key + plt.dot(d_scores.astype(query.dtype), query, trans_a=True), d_value
 
     nothing = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    d_key, d_value = jax.lax.fori_loop(0, visits[3] * groups, visit, nothing)
+    d_key, d_value = jax.lax.fori_loop(0, visits[3] * heads, visit, nothing)
     d_key_ref[...] = (d_key * scale).astype(d_key_ref.dtype)
     d_value_ref[...] = d_value.astype(d_value_ref.dtype)

@@ -101,7 +101,10 @@ def _scores(
 
 
 def _attend(
-    rows: Float[Array, "I B K R H"], keys: Float[Array, "I B K S H"], values: Float[Array, "I B K S H"], seen: SeenBlocks
+    rows: Float[Array, "I B K R H"],
+    keys: Float[Array, "I B K S H"],
+    values: Float[Array, "I B K S H"],
+    seen: SeenBlocks,
 ) -> tuple[Float[Array, "I B K R H"], Float[Array, "I B K R"]]:
     """Blocks of queries (R: all that share a kv head) over the blocks of keys before them; and their log-sum-exps."""
 

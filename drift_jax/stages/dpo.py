@@ -260,7 +260,8 @@ def build_trainer(config: RunConfig, model_dir: Path, mesh: Mesh, steps: int) ->
     """The trainer of a stage of `steps` updates that starts from `model_dir`, as the config wants it."""
     architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(model_dir))
     graphdef, declared = declare_qwen(architecture, jnp.dtype(config.model.compute_dtype))
-    return Trainer(graphdef, declared, mesh, config.train, config.model.remat, steps, config.model.attention)
+    model = config.model
+    return Trainer(graphdef, declared, mesh, config.train, model.remat, steps, model.attention, model.scan_layers)
 
 
 def build_loader(config: RunConfig, mesh: Mesh, pairs: list[TokenizedPair], ref: RefLogps | None = None) -> PairLoader:

@@ -31,7 +31,7 @@ def make_config(task: Task) -> RunConfig:
     raw: dict[str, Any] = {
         "run_dir": "unused",
         # transformers never trains the row of the pad token; so that both sides do the same work, nor is it here.
-        "model": {"path": task.model_dir, "compute_dtype": task.dtype, "pad_embedding": "frozen", "remat": "dots"},
+        "model": {"path": task.model_dir, "compute_dtype": task.dtype, "pad_embedding": "frozen"},
         "data": {"max_length": task.max_length, "max_prompt_length": task.max_length // 2},
         "train": {
             "beta": task.beta,

@@ -63,7 +63,7 @@ def at(batch: PairBatch, name: str, size: int) -> list[int]:
 
 def test_a_row_by_hand(two_pairs: PairLoader) -> None:
     batch = two_pairs.shuffled(0)
-    assert epoch_order(2, 0, 0).tolist() == [0, 1] and batch.ids.shape == (4, 1, 128)
+    assert epoch_order(2, 0, 0).tolist() == [0, 1] and batch.ids.shape == (1, 1, 128)
     assert at(batch, "ids", 13) == [10, 11, 12, 20, 21, 30, 31, 32, 40, 41, 50, 60, 0]
     assert at(batch, "positions", 13) == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 2, 0]
     starts, stops, owns = (bound[0, 0, :14].tolist() for bound in batch.spans)
@@ -79,13 +79,15 @@ def test_a_row_by_hand(two_pairs: PairLoader) -> None:
     assert count_tokens(batch) == 12 == sum(map(pair_tokens, two_pairs.pairs))
 
 
-def test_padding_sees_itself_only(two_pairs: PairLoader) -> None:
-    batch = two_pairs.shuffled(0)
+def test_padding_sees_itself_only() -> None:
+    """Behind the pairs of a row, and in micro-batches that the update could have needed: no two pairs share a row."""
+    batch = make_loader([make_pair(name, list(range(60)), [50], [60]) for name in "abc"]).shuffled(0)
+    assert batch.ids.shape == (4, 1, 128) and int(batch.micro_batches) == 2
     own = np.arange(128)
     for bound in batch.spans:
-        np.testing.assert_array_equal(bound[0, 0, 12:], own[12:])
-        np.testing.assert_array_equal(bound[1:], np.broadcast_to(own, (3, 1, 128)))
-    assert (batch.owners[1:] == -1).all() and (batch.owners[0, 0, 7:] == -1).all()
+        np.testing.assert_array_equal(bound[1, 0, 62:], own[62:])
+        np.testing.assert_array_equal(bound[2:], np.broadcast_to(own, (2, 1, 128)))
+    assert (batch.owners[2:] == -1).all() and (batch.owners[1, 0, 2:] == -1).all()
 
 
 def test_lost_ends_are_not_listed_and_not_in_the_reference(two_pairs: PairLoader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from drift_jax.data.packing import (
     BatchShape,
     choose_shape,
     count_micro_batches,
+    most_micro_batches,
     pack_rows,
     plan_shapes,
     token_budget,
@@ -36,6 +38,25 @@ def test_the_tightest_row_is_taken() -> None:
     assert pack_rows([70, 60, 30, 40, 20], 100) == [[0, 2], [1, 3], [4]]
     assert pack_rows([5, 5, 5], 10) == [[0, 1], [2]]
     assert pack_rows([], 10) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=60),
+    rows=st.integers(1, 4),
+    length=st.integers(500, 9000),
+)
+def test_no_packing_takes_more_micro_batches_than_there_is_room_for(lengths: list[int], rows: int, length: int) -> None:
+    shape = BatchShape(rows, length)
+    assert count_micro_batches(lengths, shape) <= most_micro_batches(len(lengths), max(lengths), shape)
+
+
+def test_room_for_micro_batches() -> None:
+    """32 pairs in long rows take few; where each pair has a row of its own, as many as there are pairs."""
+    assert most_micro_batches(32, 2236, BatchShape(1, 28672)) == 5
+    assert most_micro_batches(32, 2236, BatchShape(4, 2304)) == 8
+    pairs = [501] * 8  # no two of them fit
+    assert count_micro_batches(pairs, BatchShape(1, 1000)) == most_micro_batches(8, 501, BatchShape(1, 1000)) == 8
 
 
 def test_a_pair_longer_than_its_row_is_refused() -> None:
@@ -71,6 +92,12 @@ def test_rows_of_several_pairs_are_taken_where_they_pack_better() -> None:
     """Pairs of 600 leave 40 % of a row of 1024 or a fifth of 768; five of them fill 3072."""
     (shape, *_) = plan_shapes([[600] * 20] * 4, ways=4, budget=4096)
     assert shape == BatchShape(4, 3072)
+
+
+def test_rows_are_longer_where_the_back_end_does_not_mind() -> None:
+    stage = np.random.default_rng(0).integers(100, 2200, (4, 32)).tolist()
+    longest = {name: max(shape.length for shape in plan_shapes(stage, 1, 32768, name)) for name in ("xla", "triton")}
+    assert longest["xla"] <= 8192 < longest["triton"]
 
 
 def test_many_updates_are_planned_on_some_of_them() -> None:

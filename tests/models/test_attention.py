@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,44 @@ def test_kernels_in_bfloat16_are_as_close_to_float32_as_xla_is(name: str) -> Non
     xla = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), *narrow)
     for a, b, c in zip(value_and_grads(lambda *qkv: kernel(*qkv, spans), *narrow), xla, exact, strict=True):
         assert 0 < np.linalg.norm(a - c) <= 1.25 * np.linalg.norm(b - c)
+
+
+LAUNCHES = [
+    triton.Launches(triton.Launch(64, 128, 4, 1), triton.Launch(128, 64, 4, 2), triton.Launch(64, 128, 4, 1), 1),
+    triton.Launches(triton.Launch(128, 128, 8, 2), triton.Launch(64, 32, 4, 1), triton.Launch(32, 64, 4, 2), 2),
+]
+
+
+@pytest.mark.parametrize("launches", LAUNCHES)
+def test_how_a_kernel_goes_through_a_row_changes_nothing(launches: triton.Launches) -> None:
+    """Other blocks, and programs that add up one or two of the four query heads of a kv head."""
+    q, k, v = random_qkv(384, heads=8, dim=16)
+    kernel = partial(attend_in_order, partial(triton.attend, interpret=True), spans=make_spans(PAIRS, 384))
+    expected = value_and_grads(kernel, q, k, v)
+    with patch.object(triton, "choose_launches", lambda query: launches):
+        ours = value_and_grads(kernel, q, k, v)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def gpus() -> list[jax.Device]:
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        return []
+
+
+@pytest.mark.skipif(not gpus(), reason="no GPU here (JAX_PLATFORMS=cuda,cpu takes one); above it runs interpreted")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_triton_on_a_gpu_equals_xla(dim: int, dtype: Any) -> None:
+    spans = make_spans(PAIRS, 640)
+    with jax.default_device(gpus()[0]), jax.default_matmul_precision("highest"):
+        q, k, v = (x.astype(dtype) for x in random_qkv(640, heads=12, dim=dim))
+        ours = value_and_grads(partial(attend_in_order, triton.attend, spans=spans), q, k, v)
+        exact = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), *(x.astype(jnp.float32) for x in (q, k, v)))
+    for a, b in zip(ours, exact, strict=True):
+        assert np.linalg.norm(a - b) < 6e-3 * np.linalg.norm(b)  # 8 bits, or the 10 of TF32
 
 
 @settings(deadline=None, max_examples=40)

@@ -96,6 +96,8 @@ def test_a_tile_by_platform(platform: str, rows: int, vocab: int) -> None:
     tile = choose_tile(platform, rows, vocab)
     most = {"cpu": 2**20, "gpu": 2**25}[platform]
     assert tile.words <= vocab and most / 2 < rows * tile.tokens * tile.words <= most
+    blocks = -(-vocab // tile.words)
+    assert blocks * tile.words - vocab < 128 * blocks, "the last block makes little again of the one before it"
 
 
 @pytest.mark.parametrize("mistake", ["source", "target", "head"])

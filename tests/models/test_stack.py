@@ -51,10 +51,15 @@ def unrolled(weights: Tree, x: jax.Array, context: Any) -> jax.Array:
     return x
 
 
-def weighted_sum(remat: str | None, weights: Tree, grads: Tree | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`remat` None: the unrolled loop."""
+def weighted_sum(
+    remat: str | None, weights: Tree, grads: Tree | None, x: jax.Array, scan: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """`remat` None: the plain loop."""
     _, context, ends = make_inputs()
-    out = unrolled(weights, x, context) if remat is None else apply_layers(layer, remat, weights, grads, x, context)
+    if remat is None:
+        out = unrolled(weights, x, context)
+    else:
+        out = apply_layers(layer, remat, weights, grads, x, context, scan)
     return jnp.sum(ends * out), out
 
 
@@ -77,21 +82,23 @@ def plain_gradients() -> tuple[Tree, jax.Array, jax.Array]:
 # --- layers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", REMAT)
-def test_layers_have_the_gradients_of_an_unrolled_loop(remat: str) -> None:
+def test_layers_have_the_gradients_of_a_plain_loop(remat: str, scan: bool) -> None:
     d_weights, d_x, out = plain_gradients()
-    function = jax.jit(jax.grad(partial(weighted_sum, remat), (0, 2), has_aux=True))
+    function = jax.jit(jax.grad(partial(weighted_sum, remat, scan=scan), (0, 2), has_aux=True))
     (own, own_x), own_out = function(make_weights(), None, make_inputs()[0])
     assert_close((own, own_x, own_out), (d_weights, d_x, out))
     assert all(np.abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(d_weights))
 
 
+@pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", REMAT)
-def test_gradients_so_far_grow_by_those_of_the_layers(remat: str) -> None:
+def test_gradients_so_far_grow_by_those_of_the_layers(remat: str, scan: bool) -> None:
     """And the weights themselves have none: the sum has it all."""
     d_weights, d_x, _ = plain_gradients()
     so_far = make_weights(seed=9)
-    function = jax.jit(jax.grad(partial(weighted_sum, remat), (0, 1, 2), has_aux=True))
+    function = jax.jit(jax.grad(partial(weighted_sum, remat, scan=scan), (0, 1, 2), has_aux=True))
     (none, total, own_x), _ = function(make_weights(), so_far, make_inputs()[0])
     assert_close((total, own_x), (jax.tree.map(jnp.add, so_far, d_weights), d_x))
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(none))
@@ -128,6 +135,30 @@ def test_layers_compute_in_the_dtype_of_x() -> None:
     assert out.dtype == jnp.bfloat16
     error = np.abs(np.asarray(out, np.float32) - np.asarray(unrolled(weights, x, context)))
     assert 1e-4 < error.max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "remat", "platform", "scanned"),
+    [
+        (None, "dots", "gpu", False),
+        (None, "none", "gpu", False),
+        (None, "layer", "gpu", True),
+        (None, "dots", "tpu", True),
+        (None, "dots", "cpu", True),
+        (True, "dots", "gpu", True),
+        (False, "layer", "cpu", False),
+    ],
+)
+def test_where_layers_are_scanned(scan_layers: bool | None, remat: str, platform: str, scanned: bool) -> None:
+    assert stack.resolve_scan(scan_layers, remat, platform) is scanned
+
+
+def test_only_a_scan_has_one_program_for_all_layers() -> None:
+    def count(scan: bool) -> int:
+        function = jax.grad(partial(weighted_sum, "dots", scan=scan), has_aux=True)
+        return jax.jit(function).lower(make_weights(), None, make_inputs()[0]).as_text().count("stablehlo.dot_general")
+
+    assert count(False) == LAYERS * count(True)
 
 
 # --- single parameters --------------------------------------------------------------------------------------
