@@ -72,9 +72,9 @@ class MicroBatch(NamedTuple):
     ids: Int[Array, "R T"]
     positions: Int[Array, "R T"]
     spans: KeySpans
-    sources: Int[Array, "R C"]
-    targets: Int[Array, "R C"]
-    owners: Int[Array, "R C"]
+    sources: Int[Array, "G C"]
+    targets: Int[Array, "G C"]
+    owners: Int[Array, "G C"]
 
 
 def micro_batch(batch: PairBatch, index: Int[Array, ""]) -> MicroBatch:
@@ -89,12 +89,15 @@ def arrange(backend: AttentionBackend, micro: MicroBatch) -> tuple[MicroBatch, K
         return micro, micro.spans
     places, seen = to_intervals(micro.spans)
     ids, positions = (place_tokens(x, places) for x in (micro.ids, micro.positions))
-    return micro._replace(ids=ids, positions=positions, sources=jnp.take_along_axis(places, micro.sources, 1)), seen
+    # Of a group's rows, one after the other.
+    among = (places + jnp.arange(len(places))[:, None] * places.shape[1]).reshape(len(micro.sources), -1)
+    among -= jnp.arange(len(among))[:, None] * among.shape[1]
+    return micro._replace(ids=ids, positions=positions, sources=jnp.take_along_axis(among, micro.sources, 1)), seen
 
 
 def completion_token_logps(
     setup: StepSetup, params: dict[str, Any], micro: MicroBatch, grads: dict[str, Any] | None = None
-) -> Float[Array, "R C"]:
+) -> Float[Array, "G C"]:
     """Log-probability of each listed completion token, in nats.
 
     Args:
@@ -107,7 +110,7 @@ def completion_token_logps(
     hidden = model.hidden(ids, positions, seen, attend=setup.attention.attend, **loop, grads=grads)
     listed = jnp.max(jnp.sum(micro.owners >= 0, axis=1))
     head, head_grads = model.output_table, model.output_grads(grads)
-    tile = choose_tile(setup.platform, len(ids), len(head))
+    tile = choose_tile(setup.platform, len(micro.sources), len(head))
     return token_logps(hidden, head, rows.sources, micro.targets, listed, head_grads, tile)
 
 

@@ -164,14 +164,16 @@ def unpack(batch: PairBatch) -> dict[tuple[int, int], tuple[list[int], list[int]
 
     From what the step looks at: spans say where a side stands, and sources, targets and owners which tokens count.
     """
-    found = {}
-    for row in np.ndindex(batch.ids.shape[:2]):
-        ids, positions, sources, targets, owners = (
-            array[row] for array in (batch.ids, batch.positions, batch.sources, batch.targets, batch.owners)
+    found, length = {}, batch.ids.shape[2]
+    for micro in range(len(batch.ids)):
+        # On one device: the sources of all rows are listed together.
+        ((sources, targets, owners),) = zip(
+            *(x[micro] for x in (batch.sources, batch.targets, batch.owners)), strict=True
         )
-        first, last, own = (bound[row] for bound in batch.spans)
         for owner in np.unique(owners[owners >= 0]):
-            listed = sources[owners == owner]
+            ((row, *_), listed) = np.divmod(sources[owners == owner], length)
+            ids, positions = batch.ids[micro, row], batch.positions[micro, row]
+            first, last, own = (bound[micro, row] for bound in batch.spans)
             start, stop = first[listed[0]], last[listed[0]]
             begin = max(own[(first == start) & (last == stop)]) if owner % 2 else stop
             side = np.concatenate([np.arange(start, stop), np.flatnonzero((own == begin) & (last == stop))])

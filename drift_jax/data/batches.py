@@ -36,16 +36,17 @@ class PairBatch(NamedTuple):
 
     A are micro-batches of R rows of T tokens, of which the first `micro_batches` hold pairs. The prompt is there once:
     both sides look at it and not at each other, and the positions of both go on where the prompt ends. Padding is
-    known by place, never by id: the pad id may be a real token. The completion tokens of a row are listed apart, C = T
-    at most, those of one side one after the other. The arrays are numpy's until `put_batch` places them.
+    known by place, never by id: the pad id may be a real token. The completion tokens are listed apart, for each of the
+    G devices that rows are split over: those of one side one after the other, C = T x R // G at most. The arrays are
+    numpy's until `put_batch` places them.
     """
 
     ids: Int[Any, "A R T"]
     positions: Int[Any, "A R T"]
     spans: KeySpans  # each [A, R, T]
-    sources: Int[Any, "A R C"]  # where in its row the token stands whose hidden state predicts completion token c
-    targets: Int[Any, "A R C"]  # id of completion token c
-    owners: Int[Any, "A R C"]  # 2 * pair + side (0 chosen, 1 rejected) of completion token c; -1: there is none
+    sources: Int[Any, "A G C"]  # where in the device's rows the token stands whose state predicts completion token c
+    targets: Int[Any, "A G C"]  # id of completion token c
+    owners: Int[Any, "A G C"]  # 2 * pair + side (0 chosen, 1 rejected) of completion token c; -1: there is none
     real: Bool[Any, " N"]  # False for pairs that only fill the last batch of an epoch
     ref_logps: Float[Any, "N 2"]  # nats, summed over the completion; zeros before the reference pass
     micro_batches: Int[Any, ""]
@@ -182,7 +183,7 @@ class PairLoader:
         packed = pack_rows(lengths, shape.length)
         micro_batches = -(-len(packed) // shape.rows)
         # As many micro-batches as the update could need at most, so that their number is no part of the shape.
-        empty = _empty_rows(most_micro_batches(self.batch_size, self.longest, shape), shape, self.batch_size)
+        empty = _empty_rows(most_micro_batches(self.batch_size, self.longest, shape), shape, self.batch_size, self.ways)
         batch = empty._replace(ref_logps=ref_logps, micro_batches=np.int32(micro_batches))
         batch.real[: len(rows)] = True
         for i, members in enumerate(packed):
@@ -192,19 +193,18 @@ class PairLoader:
         return batch
 
 
-def _empty_rows(micro_batches: int, each: BatchShape, pairs: int) -> PairBatch:
+def _empty_rows(micro_batches: int, each: BatchShape, pairs: int, ways: int) -> PairBatch:
     """A batch without pairs: every token is padding that sees itself only."""
     shape = (micro_batches, each.rows, each.length)
-    zeros = [np.zeros(shape, np.int32) for _ in range(4)]
+    lists = (micro_batches, ways, each.rows // ways * each.length)
     own = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
-    ids, positions, sources, targets = zeros
     return PairBatch(
-        ids,
-        positions,
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
         KeySpans(*(own.copy() for _ in KeySpans._fields)),
-        sources,
-        targets,
-        np.full(shape, -1, np.int32),
+        np.zeros(lists, np.int32),
+        np.zeros(lists, np.int32),
+        np.full(lists, -1, np.int32),
         np.zeros(pairs, bool),
         np.zeros((pairs, 2), np.float32),
         np.int32(0),
@@ -214,12 +214,17 @@ def _empty_rows(micro_batches: int, each: BatchShape, pairs: int) -> PairBatch:
 def _fill_row(
     batch: PairBatch, at: tuple[int, int], members: Sequence[tuple[int, TokenizedPair, Bool[np.ndarray, "2"]]]
 ) -> None:
-    """Writes pairs into a row, one after the other; `members`: index in the update, pair, lost ends."""
-    ids, positions, sources, targets, owners = (
-        array[at] for array in (batch.ids, batch.positions, batch.sources, batch.targets, batch.owners)
-    )
+    """Writes pairs into a row, one after the other, and lists their completion tokens behind those of rows before it.
+
+    Args:
+      members: index in the update, pair, lost ends.
+    """
+    ids, positions = batch.ids[at], batch.positions[at]
     spans = KeySpans(*(array[at] for array in batch.spans))
-    start, listed = 0, 0
+    micro, row = at
+    device, of_device = divmod(row, batch.ids.shape[1] // batch.owners.shape[1])
+    sources, targets, owners = (array[micro, device] for array in (batch.sources, batch.targets, batch.owners))
+    before, start, listed = of_device * len(ids), 0, int((owners >= 0).sum())
     for index, pair, lost in members:
         prompt = len(pair.prompt_ids)
         stop = start + prompt
@@ -235,7 +240,7 @@ def _fill_row(
             # The first token is predicted by the prompt's last one; after an empty prompt nothing predicts it.
             places = np.arange(own, end - int(lost[side]))[int(prompt == 0) :]
             listing = slice(listed, listed + len(places))
-            sources[listing] = np.where(places == own, stop - 1, places - 1)
+            sources[listing] = before + np.where(places == own, stop - 1, places - 1)
             targets[listing] = ids[places]
             owners[listing] = 2 * index + side
             listed, own = listing.stop, end

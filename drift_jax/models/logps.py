@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.sharding import constrain, split_ways
 
@@ -26,7 +26,7 @@ _MASKED = -1e30
 class Tile(NamedTuple):
     """The logits that live at the same time."""
 
-    tokens: int  # of each row
+    tokens: int  # of each group of rows
     words: int  # of the vocabulary, over all devices
 
 
@@ -37,8 +37,8 @@ _LARGE_TILE = Tile(1024, 32768)
 _WORD_MULTIPLE = 128
 
 
-def choose_tile(platform: str, rows: int, vocab: int) -> Tile:
-    """For devices of `platform` (`jax.Device.platform`), the mesh in force and rows over all of it.
+def choose_tile(platform: str, groups: int, vocab: int) -> Tile:
+    """For devices of `platform` (`jax.Device.platform`), the mesh in force and groups of rows over all of it.
 
     A vocabulary that is split over devices is not cut further: a tile is the slice of each, and more or fewer tokens.
     """
@@ -47,7 +47,7 @@ def choose_tile(platform: str, rows: int, vocab: int) -> Tile:
     blocks = 1 if ways > 1 else -(-vocab // each.words)
     # Blocks of one size, since the last one reaches back into the one before it.
     words = vocab if blocks == 1 else -(-vocab // blocks // _WORD_MULTIPLE) * _WORD_MULTIPLE
-    per_token = rows * words // (split_ways("rows") * ways)
+    per_token = groups * words // (split_ways("rows") * ways)
     fitting = max(_SMALLEST_CHUNK, each.tokens * each.words // max(1, per_token))
     return Tile(1 << (fitting.bit_length() - 1), words)
 
@@ -55,33 +55,34 @@ def choose_tile(platform: str, rows: int, vocab: int) -> Tile:
 def token_logps(
     hidden: Float[Array, "R T D"],
     head: Float[Array, "V D"],
-    sources: Int[Array, "R C"],
-    targets: Int[Array, "R C"],
+    sources: Int[Array, "G C"],
+    targets: Int[Array, "G C"],
     listed: Int[Array, ""],
     head_grads: Float[Array, "V D"] | None = None,
     tile: Tile | None = None,
-) -> Float[Array, "R C"]:
-    """log p(targets[r, c] | hidden[r, sources[r, c]]) in float32 for c < listed; 0 beyond the last chunk begun.
+) -> Float[Array, "G C"]:
+    """log p(targets[g, c] | state) in float32 for c < listed; 0 beyond the last chunk begun.
 
-    The matmul runs in the dtype of `hidden` and accumulates in float32; log-softmax is float32. Nothing is computed
-    for the chunks beyond `listed`, the longest list of a row.
+    The state is number sources[g, c] of group g: R // G rows, one after the other. The matmul runs in the dtype of
+    `hidden` and accumulates in float32; log-softmax is float32. Nothing is computed for the chunks beyond `listed`,
+    the longest list of a group.
 
     Args:
       head_grads: None, or gradients of `head` so far, to which its gradient goes (see models/stack.py).
       tile: by default that of an accelerator.
     """
-    rows, _, dim = hidden.shape
-    length = sources.shape[1]
-    tile = tile or choose_tile("", rows, head.shape[0])
+    dim, (groups, length) = hidden.shape[2], sources.shape
+    tile = tile or choose_tile("", groups, head.shape[0])
     chunk, block = min(tile.tokens, length), min(tile.words, head.shape[0])
     padding = -length % chunk
     sources, targets = (jnp.pad(x, ((0, 0), (0, padding))) for x in (sources, targets))
+    hidden = hidden.reshape(groups, -1, dim)
     states = constrain(jnp.take_along_axis(hidden, sources[..., None], axis=1), "batch", "length", None)
     chunks = -(-listed // chunk)
-    shape = (rows, sources.shape[1] // chunk, chunk)
+    shape = (groups, sources.shape[1] // chunk, chunk)
     states, targets = states.reshape(*shape, dim), targets.reshape(shape)
     logps = jnp.asarray(_chunked(block, states, head, head_grads, targets, chunks))
-    return logps.reshape(rows, -1)[:, :length]
+    return logps.reshape(groups, -1)[:, :length]
 
 
 def _split(vocab: int) -> tuple[str, str]:
@@ -93,7 +94,7 @@ def _table(head: Float[Array, "V D"], dtype: Any) -> Float[Array, "V D"]:
     return constrain(head.astype(dtype), _split(head.shape[0])[1], None)
 
 
-def _logits(states: Float[Array, "R C D"], table: Float[Array, "V D"]) -> Float[Array, "R C V"]:
+def _logits(states: Float[Array, "G C D"], table: Float[Array, "V D"]) -> Float[Array, "G C V"]:
     rows, vocab = _split(table.shape[0])
     logits = jnp.einsum(
         "rcd,vd->rcv", constrain(states, rows, "length", None), table, preferred_element_type=jnp.float32
@@ -123,12 +124,12 @@ def _take_block(table: Float[Array, "V D"], index: Int[Array, ""], size: int) ->
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
     block: int,
-    states: Float[Array, "R K C D"],
+    states: Float[Array, "G K C D"],
     head: Float[Array, "V D"],
     head_grads: Float[Array, "V D"] | None,
-    targets: Int[Array, "R K C"],
+    targets: Int[Array, "G K C"],
     chunks: Int[Array, ""],
-) -> Float[Array, "R K C"]:
+) -> Float[Array, "G K C"]:
     """Log-probs of K chunks of C tokens, of which the first `chunks` are computed, by blocks of the vocabulary."""
     return _forward(block, states, head, head_grads, targets, chunks)[0]
 
@@ -136,9 +137,42 @@ def _chunked(
 class _Sums(NamedTuple):
     """Of each token so far: the largest logit, the sum of exp(logit - largest), the logit of its target."""
 
-    largest: Float[Array, "R K C"]
-    total: Float[Array, "R K C"]
-    target: Float[Array, "R K C"]
+    largest: Float[Array, "G *K C"]
+    total: Float[Array, "G *K C"]
+    target: Float[Array, "G *K C"]
+
+
+def _sum_up(so_far: _Sums, logits: Float[Array, "G C W"], new: Any, mine: Bool[Array, "G C W"]) -> _Sums:
+    """The sums with a further block of logits, of which only the `new` ones count; `mine`: that of the target."""
+
+    def in_passes(so_far: _Sums, logits: Array, new: Any, mine: Array) -> _Sums:
+        masked = jnp.where(new, logits, _MASKED)
+        largest = jnp.maximum(so_far.largest, masked.max(axis=-1))
+        total = so_far.total * jnp.exp(so_far.largest - largest)
+        total = total + jnp.sum(jnp.exp(masked - largest[..., None]), axis=-1)
+        # A masked sum instead of a gather: it stays local to the devices that hold a slice of the vocabulary.
+        return _Sums(largest, total, so_far.target + jnp.sum(jnp.where(mine, logits, 0.0), axis=-1))
+
+    # A GPU reads the logits from memory for every pass.
+    return jax.lax.platform_dependent(so_far, logits, new, mine, cuda=sum_up_at_once, default=in_passes)
+
+
+def sum_up_at_once(so_far: _Sums, logits: Float[Array, "G C W"], new: Any, mine: Bool[Array, "G C W"]) -> _Sums:
+    """`_sum_up` in one pass over the logits, with the running softmax of Milakov and Gimelshein (arXiv 1805.02867)."""
+
+    def add(a: _Sums, b: _Sums) -> _Sums:
+        largest = jnp.maximum(a.largest, b.largest)
+        total = a.total * jnp.exp(a.largest - largest) + b.total * jnp.exp(b.largest - largest)
+        return _Sums(largest, total, a.target + b.target)
+
+    each = _Sums(
+        jnp.where(new, logits, _MASKED),
+        jnp.broadcast_to(jnp.asarray(new), logits.shape).astype(jnp.float32),
+        jnp.where(mine, logits, 0.0),
+    )
+    nothing = _Sums(*(jnp.float32(x) for x in (_MASKED, 0.0, 0.0)))
+    block = jax.lax.reduce(each, nothing, lambda a, b: add(_Sums(*a), _Sums(*b)), (logits.ndim - 1,))
+    return add(so_far, _Sums(*block))
 
 
 def _forward(
@@ -150,15 +184,10 @@ def _forward(
         part = _take_block(table, index, block)
 
         def one(k: Array, sums: _Sums) -> _Sums:
-            logits = jnp.where(part.new, _logits(states[:, k], part.table), _MASKED)
             so_far = _Sums(*(x[:, k] for x in sums))
-            largest = jnp.maximum(so_far.largest, logits.max(axis=-1))
-            total = so_far.total * jnp.exp(so_far.largest - largest)
-            total = total + jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-            # A masked sum instead of a gather: it stays local to the devices that hold a slice of the vocabulary.
             mine = part.new & (part.ids == targets[:, k, :, None])
-            target = so_far.target + jnp.sum(jnp.where(mine, logits, 0.0), axis=-1)
-            return jax.tree.map(lambda x, more: x.at[:, k].set(more), sums, _Sums(largest, total, target))
+            more = _sum_up(so_far, _logits(states[:, k], part.table), part.new, mine)
+            return jax.tree.map(lambda x, row: x.at[:, k].set(row), sums, more)
 
         return jax.lax.fori_loop(0, chunks, one, sums)
 
@@ -169,7 +198,7 @@ def _forward(
     return sums.target - norms, (states, head, head_grads, targets, chunks, norms)
 
 
-def _backward(block: int, kept: Any, grads: Float[Array, "R K C"]) -> tuple[Array | None, ...]:
+def _backward(block: int, kept: Any, grads: Float[Array, "G K C"]) -> tuple[Array | None, ...]:
     states, head, head_grads, targets, chunks, norms = kept
     table = _table(head, states.dtype)
     rows, vocab_dim = _split(head.shape[0])

@@ -148,6 +148,7 @@ def test_every_token_of_a_batch_is_where_its_pair_says(
         micro_batches = int(batch.micro_batches)
         assert batch.ids.shape[1] % ways == 0 and 1 <= micro_batches <= len(batch.ids)
         assert (batch.owners[micro_batches:] == -1).all() and (batch.owners[:micro_batches] >= 0).any(axis=(1, 2)).all()
+        assert batch.owners.shape[1] == ways and batch.owners[0].size == batch.ids[0].size
         assert count_tokens(batch) == sum(pair_tokens(pairs[i]) for i in members)
         for index, i in enumerate(members):
             check_sides(batch, index, pairs[i])
@@ -156,11 +157,13 @@ def test_every_token_of_a_batch_is_where_its_pair_says(
 def check_sides(batch: PairBatch, index: int, pair: TokenizedPair) -> None:
     for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
         places = np.argwhere(batch.owners == 2 * index + side)
-        (row,) = {tuple(place) for place in places[:, :2].tolist()}
+        ((micro, device),) = {tuple(place) for place in places[:, :2].tolist()}
         listed = places[:, 2]
         assert np.diff(listed, append=listed[-1] + 1).tolist() == [1] * len(listed)
-        assert batch.targets[row][listed].tolist() == completion.tolist()
-        sources = batch.sources[row][listed]
+        assert batch.targets[micro, device][listed].tolist() == completion.tolist()
+        rows, sources = np.divmod(batch.sources[micro, device][listed], batch.ids.shape[2])
+        assert len(set(rows)) == 1
+        row = (micro, device * (batch.ids.shape[1] // batch.owners.shape[1]) + rows[0])
         whole = np.concatenate([pair.prompt_ids, completion])
         for k, source in enumerate(sources):
             keys = np.arange(source + 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from drift_jax.config import MeshConfig
+from drift_jax.models import logps
 from drift_jax.models.logps import Tile, choose_tile, token_logps
 from drift_jax.sharding import build_mesh
 
@@ -91,13 +94,21 @@ def test_values_and_gradients_equal_log_softmax_of_all_logits(tile: Tile | None)
     assert_close(ours(case, tile=tile), expected)
 
 
-@pytest.mark.parametrize(("platform", "rows", "vocab"), [("cpu", 1, 49152), ("cpu", 8, 1000), ("gpu", 2, 151936)])
-def test_a_tile_by_platform(platform: str, rows: int, vocab: int) -> None:
-    tile = choose_tile(platform, rows, vocab)
+@pytest.mark.parametrize(("platform", "groups", "vocab"), [("cpu", 1, 49152), ("cpu", 8, 1000), ("gpu", 2, 151936)])
+def test_a_tile_by_platform(platform: str, groups: int, vocab: int) -> None:
+    tile = choose_tile(platform, groups, vocab)
     most = {"cpu": 2**20, "gpu": 2**25}[platform]
-    assert tile.words <= vocab and most / 2 < rows * tile.tokens * tile.words <= most
+    assert tile.words <= vocab and most / 2 < groups * tile.tokens * tile.words <= most
     blocks = -(-vocab // tile.words)
     assert blocks * tile.words - vocab < 128 * blocks, "the last block makes little again of the one before it"
+
+
+@pytest.mark.mesh
+def test_a_tile_on_a_mesh() -> None:
+    """Of four groups of rows a device sees two, and a quarter of the words."""
+    with jax.set_mesh(build_mesh(MeshConfig(2, 2, 2))):
+        tile = choose_tile("tpu", 4, 152064)
+    assert tile.words == 152064 and 2**24 < tile.tokens * (4 // 2) * (tile.words // 4) <= 2**25
 
 
 @pytest.mark.parametrize("mistake", ["source", "target", "head"])
@@ -130,6 +141,46 @@ def test_nothing_is_computed_beyond_the_listed_tokens(listed: int) -> None:
         assert not np.isfinite(np.asarray(ours(beyond, LISTED, tile=Tile(4, VOCAB)).d_head)).any(), (
             "the NaN would be seen"
         )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rows_that_are_listed_together(groups: int) -> None:
+    """The same tokens, with the states of several rows one after the other."""
+    case = make_case()
+    expected, rows = judge(case), ROWS // groups
+    sources = case.sources + LENGTH * (jnp.arange(ROWS) % rows)[:, None]
+    lists = (x.reshape(groups, -1) for x in (sources, case.targets, case.weights))
+    seen = ours(Case(case.hidden, case.head, *lists), rows * LISTED, tile=Tile(11, 20))
+    assert_close(seen._replace(logps=seen.logps.reshape(ROWS, LISTED)), expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 48])
+def test_one_pass_over_the_logits_gives_the_sums_of_three(vocab: int) -> None:
+    """What GPUs run; also for a block that brings nothing new."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 3, vocab)) * 30, jnp.float32)
+    so_far = logps._Sums(*(jnp.asarray(rng.normal(size=(2, 3)) ** 2, jnp.float32) for _ in range(3)))
+    mine = jnp.arange(vocab) == jnp.asarray(rng.integers(0, vocab, (2, 3, 1)))
+    for new in (True, jnp.arange(vocab) >= vocab // 2, jnp.zeros(vocab, bool)):
+        args = so_far, logits, new, mine & new
+        for a, b in zip(jax.jit(logps.sum_up_at_once)(*args), jax.jit(logps._sum_up)(*args), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("sizes", [(1, 1, 1), *MESHES])
+def test_one_pass_on_meshes(sizes: tuple[int, int, int]) -> None:
+    case = make_case()
+
+    def at_once(*args: Any, **_: Any) -> Any:
+        return logps.sum_up_at_once(*args)
+
+    with (
+        patch.object(logps, "_sum_up", at_once),
+        jax.set_mesh(build_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])),
+    ):
+        seen = jax.device_get(jax.jit(partial(ours.__wrapped__, tile=Tile(5, VOCAB)))(case))
+    assert_close(seen, judge(case), 1e-5)
 
 
 def test_a_state_that_predicts_two_tokens_has_the_sum_of_their_gradients() -> None:
