@@ -31,8 +31,9 @@ class Tile(NamedTuple):
 
 
 # Logits on one device. A CPU is fastest where they stay in its cache. An accelerator wants large matrices, and many
-# tokens for each time that it reads and writes the gradient of the table: 128 MiB of them in float32.
-_TILES = {"cpu": Tile(256, 4096), "gpu": Tile(2048, 16384)}
+# tokens for each time that it reads and writes the gradient of the table: 128 MiB of them in float32. A GPU also waits
+# some 70 us for the host at each turn of a loop whose length is known at run time only: 512 MiB.
+_TILES = {"cpu": Tile(256, 4096), "gpu": Tile(2048, 65536)}
 _LARGE_TILE = Tile(1024, 32768)
 _WORD_MULTIPLE = 128
 

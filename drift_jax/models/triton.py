@@ -42,7 +42,7 @@ class Launches(NamedTuple):
 
 
 # The fastest of those tried on an H100 (scripts/bench_attention.py), where they fit into its shared memory.
-_LAUNCHES = Launches(Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), 1)
+_LAUNCHES = Launches(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), 2)
 _MASKED = -1e30  # finite: a block may hold no key of a query
 _LOG2_E = math.log2(math.e)  # 2**x is what the hardware has
 
@@ -193,9 +193,24 @@ def _find_visits(intervals: KeyIntervals, launch: Launch, by_key: bool = False) 
     return jnp.stack([first, before, diagonal, before + stop - diagonal], axis=2)
 
 
-def _pick_block(visits: Any, step: Array) -> Array:
-    first, before, after_gap = visits[0], visits[1], visits[2]
-    return jnp.where(step < before, first + step, after_gap + step - before)
+class _Visits(NamedTuple):
+    """A block's row of `_find_visits`, read once: a load in the loop would hold up those of the blocks."""
+
+    first: Array
+    before: Array
+    after_gap: Array
+    count: Array
+
+    def pick(self, step: Array) -> Array:
+        return jnp.where(step < self.before, self.first + step, self.after_gap + step - self.before)
+
+    def pick_in_a_row(self, step: Array) -> Array:
+        """Where there is no gap, as for queries: what a block of them sees is one interval."""
+        return self.first + step
+
+
+def _read_visits(ref: Any) -> _Visits:
+    return _Visits(*(ref[i] for i in range(4)))
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
@@ -220,11 +235,11 @@ def _forward_kernel(
     scale: float,
     key_block: int,
 ) -> None:
-    query, start, stop = query_ref[...], start_ref[...], stop_ref[...]
+    query, start, stop, mine = query_ref[...], start_ref[...], stop_ref[...], _read_visits(visits)
 
     def visit(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mixed, top, total = carry
-        first_key = _pick_block(visits, step) * key_block
+        first_key = mine.pick_in_a_row(step) * key_block
         keys = pl.ds(first_key, key_block)
         scores = _score(query, key_ref[keys, :], start, stop, first_key, scale)
         new_top = jnp.maximum(top, scores.max(axis=1))
@@ -235,7 +250,7 @@ def _forward_kernel(
 
     # A block may show a query nothing; the weight 1 that it then gives every key shrinks to 0 with its first real one.
     nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(start.shape, _MASKED), jnp.zeros(start.shape, jnp.float32)
-    mixed, top, total = jax.lax.fori_loop(0, visits[3], visit, nothing)
+    mixed, top, total = jax.lax.fori_loop(0, mine.count, visit, nothing)
     mixed_ref[...] = (mixed / total[:, None]).astype(mixed_ref.dtype)
     lse_ref[...] = top + jnp.log2(total)
 
@@ -255,17 +270,17 @@ def _backward_query_kernel(
     key_block: int,
 ) -> None:
     query, start, stop, d_mixed = query_ref[...], start_ref[...], stop_ref[...], d_mixed_ref[...]
-    lse, delta = lse_ref[...], delta_ref[...]
+    lse, delta, mine = lse_ref[...], delta_ref[...], _read_visits(visits)
 
     def visit(step: Array, d_query: Array) -> Array:
-        first_key = _pick_block(visits, step) * key_block
+        first_key = mine.pick_in_a_row(step) * key_block
         keys = pl.ds(first_key, key_block)
         key, value = key_ref[keys, :], value_ref[keys, :]
         weights = jnp.exp2(_score(query, key, start, stop, first_key, scale) - lse[:, None])
         d_scores = weights * (plt.dot(d_mixed, value, trans_b=True) - delta[:, None])
         return d_query + plt.dot(d_scores.astype(key.dtype), key)
 
-    d_query = jax.lax.fori_loop(0, visits[3], visit, jnp.zeros(query.shape, jnp.float32))
+    d_query = jax.lax.fori_loop(0, mine.count, visit, jnp.zeros(query.shape, jnp.float32))
     d_query_ref[...] = (d_query * scale).astype(d_query_ref.dtype)
 
 
@@ -285,13 +300,13 @@ def _backward_key_kernel(
     heads: int,
     query_block: int,
 ) -> None:
-    key, value = key_ref[...], value_ref[...]
+    key, value, mine = key_ref[...], value_ref[...], _read_visits(visits)
     first_key = pl.program_id(0) * key.shape[0]
 
     def visit(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_key, d_value = carry
         head = jax.lax.rem(step, heads)
-        queries = pl.ds(_pick_block(visits, jax.lax.div(step, heads)) * query_block, query_block)
+        queries = pl.ds(mine.pick(jax.lax.div(step, heads)) * query_block, query_block)
         query, d_mixed = query_ref[queries, head, :], d_mixed_ref[queries, head, :]
         scores = _score(query, key, start_ref[queries], stop_ref[queries], first_key, scale)
         weights = jnp.exp2(scores - lse_ref[head, queries][:, None])
@@ -300,6 +315,6 @@ def _backward_key_kernel(
         return d_key + plt.dot(d_scores.astype(query.dtype), query, trans_a=True), d_value
 
     nothing = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    d_key, d_value = jax.lax.fori_loop(0, visits[3] * heads, visit, nothing)
+    d_key, d_value = jax.lax.fori_loop(0, mine.count * heads, visit, nothing)
     d_key_ref[...] = (d_key * scale).astype(d_key_ref.dtype)
     d_value_ref[...] = d_value.astype(d_value_ref.dtype)

@@ -97,7 +97,7 @@ def test_values_and_gradients_equal_log_softmax_of_all_logits(tile: Tile | None)
 @pytest.mark.parametrize(("platform", "groups", "vocab"), [("cpu", 1, 49152), ("cpu", 8, 1000), ("gpu", 2, 151936)])
 def test_a_tile_by_platform(platform: str, groups: int, vocab: int) -> None:
     tile = choose_tile(platform, groups, vocab)
-    most = {"cpu": 2**20, "gpu": 2**25}[platform]
+    most = {"cpu": 2**20, "gpu": 2**27}[platform]
     assert tile.words <= vocab and most / 2 < groups * tile.tokens * tile.words <= most
     blocks = -(-vocab // tile.words)
     assert blocks * tile.words - vocab < 128 * blocks, "the last block makes little again of the one before it"
