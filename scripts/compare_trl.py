@@ -5,7 +5,8 @@
 TRL (torch on the CPU) gets the pairs as messages and makes its own tokens; ours come from preset `trl1`, and must be
 the same ids. Loss `sigmoid` + 0.001 `sft`, linear warm-up, rmsprop and AdamW in float32; with --bfloat16 also the
 first optimizer with bfloat16 compute, whose difference is reported apart. Every update prints both sides. The last
-line is JSON: `steps`, `max_rel_diff` over all float32 runs, and the `worst` quantity.
+line is JSON: `steps`, `max_rel_diff` over all float32 runs, and the `worst` quantity. `--set` changes our side only,
+for instance `--set train.moment_dtype=bfloat16`, to see what that costs.
 
 A difference is relative to TRL's number. A reward is beta times the difference of two log-probs, each a float32 sum of
 up to thousands of nats whose last bit alone may be 2e-4 nats: of a difference between rewards, four such roundings are
@@ -35,7 +36,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from drift_jax.config import RunConfig, build_config  # noqa: E402
+from drift_jax.config import RunConfig, apply_override, build_config  # noqa: E402
 from drift_jax.data.batches import epoch_order  # noqa: E402
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair  # noqa: E402
 from drift_jax.data.rules import build_rules  # noqa: E402
@@ -93,6 +94,8 @@ def make_comparison(args: argparse.Namespace, optimizer: str, compute_dtype: str
             "seed": args.seed,
         },
     }
+    for override in args.set:
+        apply_override(raw, override)
     config = build_config(raw)
     tokenizer, rules = load_tokenizer(args.model), build_rules(config.data)
     pairs = list(read_pairs(args.pairs).records)
@@ -236,6 +239,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=42, help="order of the pairs")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--bfloat16", action="store_true", help="also with bfloat16 compute")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our config")
     args = parser.parse_args()
     console = Console(width=240)
     runs = [(optimizer, "float32") for optimizer in args.optimizers]
