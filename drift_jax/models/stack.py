@@ -146,7 +146,7 @@ class _OfLayer(NamedTuple):
 
     weights: Any
     kept: Any
-    index: Int[Array, ""]
+    index: Int[Array, ""] | int
 
 
 # (function, carry, weights, kept) -> (carry, results): of every layer, stacked or as a list, as `kept` is again.
@@ -167,7 +167,7 @@ def _unroll(
         of_layer = jax.tree.map(lambda w, i=i: w[i], weights)
         # The barrier: in one program with the forward pass, what is to be made again would be shared with it instead.
         mine = None if kept is None else jax.lax.optimization_barrier(kept[i])
-        carry, results[i] = function(carry, _OfLayer(of_layer, mine, jnp.int32(i)))
+        carry, results[i] = function(carry, _OfLayer(of_layer, mine, i))
     return carry, results
 
 
@@ -175,18 +175,22 @@ def _count(weights: Any) -> int:
     return jax.tree.leaves(weights)[0].shape[0]
 
 
-def _cast(weights: Any, index: Array, dtype: Any) -> Any:
+def _cast(weights: Any, index: Array | int, dtype: Any) -> Any:
     """One layer's weights in the dtype of the activations.
 
     The factor is 1 at every index, which the compiler does not know: else it would cast the weights of all layers ahead
     of the loop and hold a second copy of them (it looks through `optimization_barrier`).
     """
-    one = 1 + index.astype(jnp.float32) * 1e-30
+    one = 1 + jnp.float32(index) * 1e-30
     return jax.tree.map(lambda w: w if w.dtype == dtype else (w * one).astype(dtype), weights)
 
 
-def _add_at(index: Array, total: Array, more: Array) -> Array:
+def _add_at(index: Array | int, total: Array, more: Array) -> Array:
     """total[index] += more, added in float32 or wider."""
+    if isinstance(index, int) and jnp.promote_types(total.dtype, jnp.float32) == total.dtype:
+        # Of an addition to a slice XLA knows that it can be done in place; below, it copies the slices of all layers.
+        known = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+        return total.at[index].add(more.astype(total.dtype), **known)
     so_far = jax.lax.dynamic_index_in_dim(total, index, keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(total, _add(so_far, more), index, 0)
 

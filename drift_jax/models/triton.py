@@ -11,8 +11,9 @@ Scores, softmax and sums are float32; of the softmax only the log-sum-exp of eac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def _forward(
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
     launch = choose_launches(query).forward
-    visits = _find_visits(intervals, launch)
+    visits = _find_keys(intervals, launch)
     rows = pl.BlockSpec((None, launch.queries, None, dim), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
     bound = pl.BlockSpec((None, launch.queries), lambda i, b, n: (b, i))
@@ -108,7 +109,7 @@ def _backward_query(interpret: bool, *inputs: Array) -> Array:
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
     launch = choose_launches(query).query
-    visits = _find_visits(KeyIntervals(start, stop), launch)
+    visits = _find_keys(KeyIntervals(start, stop), launch)
     rows = pl.BlockSpec((None, launch.queries, None, dim), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
     bound = pl.BlockSpec((None, launch.queries), lambda i, b, n: (b, i))
@@ -134,7 +135,7 @@ def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
     launch, each = launches.key, launches.heads_per_program or groups
     each = math.gcd(each, groups)
     parts = heads // each  # one program's sums each, in float32 where those of a kv head are added up afterwards
-    visits = _find_visits(KeyIntervals(start, stop), launch, by_key=True)
+    visits = _find_queries(KeyIntervals(start, stop), launch)
     rows = pl.BlockSpec((None, length, each, dim), lambda j, b, p: (b, 0, p, 0))
     keys = pl.BlockSpec((None, launch.keys, None, dim), lambda j, b, p: (b, j, p * each // groups, 0))
     sums = pl.BlockSpec((None, launch.keys, None, dim), lambda j, b, p: (b, j, p, 0))
@@ -171,20 +172,28 @@ def choose_launches(query: Float[Array, "B T N H"]) -> Launches:
 # --- which blocks ------------------------------------------------------------------------------------------
 
 
-def _find_visits(intervals: KeyIntervals, launch: Launch, by_key: bool = False) -> Int[Array, "B I 4"]:
-    """Which blocks of keys each block of queries visits, or the other way round.
+def _find_keys(intervals: KeyIntervals, launch: Launch) -> Int[Array, "B I 4"]:
+    """Which blocks of keys each block of queries visits: (first, first and end of those that all see whole, end).
 
-    Per block: (first, how many before the gap, the one after the gap, how many in all). The gap ends at the diagonal,
-    which is never empty. Keys late in a prompt have one: all of the chosen side sees them, the tokens of the prompt
-    before them do not.
+    What a block of queries sees is one interval. Where no block is seen whole by all, both numbers are the end.
     """
-    overlap = find_overlap(intervals, launch.queries, launch.keys)
-    row_block, column_block = launch.queries, launch.keys
-    if by_key:
-        overlap, row_block, column_block = overlap.transpose(0, 2, 1), launch.keys, launch.queries
+    start, stop = (bound.reshape(bound.shape[0], -1, launch.queries) for bound in intervals)
+    first, end = start.min(axis=2) // launch.keys, -(-stop.max(axis=2) // launch.keys)
+    first_whole, end_whole = -(-start.max(axis=2) // launch.keys), stop.min(axis=2) // launch.keys
+    some = first_whole < end_whole
+    return jnp.stack([first, jnp.where(some, first_whole, end), jnp.where(some, end_whole, end), end], axis=2)
+
+
+def _find_queries(intervals: KeyIntervals, launch: Launch) -> Int[Array, "B J 4"]:
+    """Which blocks of queries each block of keys visits: (first, how many before the gap, the one after it, in all).
+
+    The gap ends at the diagonal, which is never empty. Keys late in a prompt have one: all of the chosen side sees
+    them, the tokens of the prompt before them do not.
+    """
+    overlap = find_overlap(intervals, launch.queries, launch.keys).transpose(0, 2, 1)
     rows, columns = overlap.shape[1:]
     index = jnp.arange(columns, dtype=jnp.int32)
-    diagonal = jnp.arange(rows, dtype=jnp.int32) * row_block // column_block
+    diagonal = jnp.arange(rows, dtype=jnp.int32) * launch.keys // launch.queries
     first = jnp.where(overlap, index, columns).min(axis=2)
     gap = jnp.where(overlap & (index < diagonal[:, None]), index + 1, first[:, :, None]).max(axis=2)
     stop = jnp.where(overlap, index + 1, 0).max(axis=2)
@@ -193,33 +202,31 @@ def _find_visits(intervals: KeyIntervals, launch: Launch, by_key: bool = False) 
     return jnp.stack([first, before, diagonal, before + stop - diagonal], axis=2)
 
 
-class _Visits(NamedTuple):
-    """A block's row of `_find_visits`, read once: a load in the loop would hold up those of the blocks."""
-
-    first: Array
-    before: Array
-    after_gap: Array
-    count: Array
-
-    def pick(self, step: Array) -> Array:
-        return jnp.where(step < self.before, self.first + step, self.after_gap + step - self.before)
-
-    def pick_in_a_row(self, step: Array) -> Array:
-        """Where there is no gap, as for queries: what a block of them sees is one interval."""
-        return self.first + step
+T = TypeVar("T")
 
 
-def _read_visits(ref: Any) -> _Visits:
-    return _Visits(*(ref[i] for i in range(4)))
+def _visit_keys(visits: Any, visit: Callable[[bool, Array, T], T], carry: T) -> T:
+    """`visit(masked, block, carry)` for all blocks of a row of `_find_keys`; most are seen whole and need no mask.
+
+    The row is read ahead of the loops: a load in them would hold up those of the blocks.
+    """
+    first, first_whole, end_whole, end = (visits[i] for i in range(4))
+    carry = jax.lax.fori_loop(first, first_whole, partial(visit, True), carry)
+    carry = jax.lax.fori_loop(first_whole, end_whole, partial(visit, False), carry)
+    return jax.lax.fori_loop(end_whole, end, partial(visit, True), carry)
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
 
 
-def _score(query: Array, key: Array, start: Array, stop: Array, first_key: Array, scale: float) -> Array:
-    """Masked scores of a block of queries and one of keys, times log2(e)."""
-    keys = first_key + jnp.arange(key.shape[0])
+def _score(
+    query: Array, key: Array, start: Array, stop: Array, first_key: Array, scale: float, masked: bool = True
+) -> Array:
+    """Scores of a block of queries and one of keys, times log2(e); `masked` where some of them are not seen."""
     scores = plt.dot(query, key, trans_b=True) * (scale * _LOG2_E)
+    if not masked:
+        return scores
+    keys = first_key + jnp.arange(key.shape[0])
     return jnp.where((keys >= start[:, None]) & (keys < stop[:, None]), scores, _MASKED)
 
 
@@ -235,13 +242,13 @@ def _forward_kernel(
     scale: float,
     key_block: int,
 ) -> None:
-    query, start, stop, mine = query_ref[...], start_ref[...], stop_ref[...], _read_visits(visits)
+    query, start, stop = query_ref[...], start_ref[...], stop_ref[...]
 
-    def visit(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def visit(masked: bool, block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mixed, top, total = carry
-        first_key = mine.pick_in_a_row(step) * key_block
+        first_key = block * key_block
         keys = pl.ds(first_key, key_block)
-        scores = _score(query, key_ref[keys, :], start, stop, first_key, scale)
+        scores = _score(query, key_ref[keys, :], start, stop, first_key, scale, masked)
         new_top = jnp.maximum(top, scores.max(axis=1))
         shrink, weights = jnp.exp2(top - new_top), jnp.exp2(scores - new_top[:, None])
         value = value_ref[keys, :]
@@ -250,7 +257,7 @@ def _forward_kernel(
 
     # A block may show a query nothing; the weight 1 that it then gives every key shrinks to 0 with its first real one.
     nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(start.shape, _MASKED), jnp.zeros(start.shape, jnp.float32)
-    mixed, top, total = jax.lax.fori_loop(0, mine.count, visit, nothing)
+    mixed, top, total = _visit_keys(visits, visit, nothing)
     mixed_ref[...] = (mixed / total[:, None]).astype(mixed_ref.dtype)
     lse_ref[...] = top + jnp.log2(total)
 
@@ -270,17 +277,17 @@ def _backward_query_kernel(
     key_block: int,
 ) -> None:
     query, start, stop, d_mixed = query_ref[...], start_ref[...], stop_ref[...], d_mixed_ref[...]
-    lse, delta, mine = lse_ref[...], delta_ref[...], _read_visits(visits)
+    lse, delta = lse_ref[...], delta_ref[...]
 
-    def visit(step: Array, d_query: Array) -> Array:
-        first_key = mine.pick_in_a_row(step) * key_block
+    def visit(masked: bool, block: Array, d_query: Array) -> Array:
+        first_key = block * key_block
         keys = pl.ds(first_key, key_block)
         key, value = key_ref[keys, :], value_ref[keys, :]
-        weights = jnp.exp2(_score(query, key, start, stop, first_key, scale) - lse[:, None])
+        weights = jnp.exp2(_score(query, key, start, stop, first_key, scale, masked) - lse[:, None])
         d_scores = weights * (plt.dot(d_mixed, value, trans_b=True) - delta[:, None])
         return d_query + plt.dot(d_scores.astype(key.dtype), key)
 
-    d_query = jax.lax.fori_loop(0, mine.count, visit, jnp.zeros(query.shape, jnp.float32))
+    d_query = _visit_keys(visits, visit, jnp.zeros(query.shape, jnp.float32))
     d_query_ref[...] = (d_query * scale).astype(d_query_ref.dtype)
 
 
@@ -300,13 +307,15 @@ def _backward_key_kernel(
     heads: int,
     query_block: int,
 ) -> None:
-    key, value, mine = key_ref[...], value_ref[...], _read_visits(visits)
+    key, value = key_ref[...], value_ref[...]
+    first, before, after_gap, count = (visits[i] for i in range(4))
     first_key = pl.program_id(0) * key.shape[0]
 
     def visit(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_key, d_value = carry
-        head = jax.lax.rem(step, heads)
-        queries = pl.ds(mine.pick(jax.lax.div(step, heads)) * query_block, query_block)
+        head, visited = jax.lax.rem(step, heads), jax.lax.div(step, heads)
+        block = jnp.where(visited < before, first + visited, after_gap + visited - before)
+        queries = pl.ds(block * query_block, query_block)
         query, d_mixed = query_ref[queries, head, :], d_mixed_ref[queries, head, :]
         scores = _score(query, key, start_ref[queries], stop_ref[queries], first_key, scale)
         weights = jnp.exp2(scores - lse_ref[head, queries][:, None])
@@ -315,6 +324,6 @@ def _backward_key_kernel(
         return d_key + plt.dot(d_scores.astype(query.dtype), query, trans_a=True), d_value
 
     nothing = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    d_key, d_value = jax.lax.fori_loop(0, mine.count * heads, visit, nothing)
+    d_key, d_value = jax.lax.fori_loop(0, count * heads, visit, nothing)
     d_key_ref[...] = (d_key * scale).astype(d_key_ref.dtype)
     d_value_ref[...] = d_value.astype(d_value_ref.dtype)

@@ -219,6 +219,26 @@ def test_how_a_kernel_goes_through_a_row_changes_nothing(launches: triton.Launch
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(ROWS, st.sampled_from([(16, 8), (8, 16), (8, 8)]))
+@example([[(8, 32, 24)], [(24, 0, 40)]], (8, 8))
+def test_blocks_that_the_kernels_visit(rows: list[list[Pair]], sizes: tuple[int, int]) -> None:
+    """Those of which something is seen, from both sides; and no mask only where all of it is."""
+    length, launch = 64, triton.Launch(*sizes, 4, 1)
+    seen = to_intervals(make_spans(rows, length))[1]
+    keys = np.arange(length)
+    sees = (keys >= np.asarray(seen.start)[:, :, None]) & (keys < np.asarray(seen.stop)[:, :, None])
+    blocks = sees.reshape(2, length // sizes[0], sizes[0], length // sizes[1], sizes[1])
+    for row in range(2):
+        for i, (first, first_whole, end_whole, end) in enumerate(triton._find_keys(seen, launch)[row].tolist()):
+            assert first <= first_whole <= end_whole <= end
+            assert np.flatnonzero(blocks[row, i].any(axis=(0, 2))).tolist() == list(range(first, end))
+            assert np.flatnonzero(blocks[row, i].all(axis=(0, 2))).tolist() == list(range(first_whole, end_whole))
+        for j, (first, before, after_gap, count) in enumerate(triton._find_queries(seen, launch)[row].tolist()):
+            visited = [first + n if n < before else after_gap + n - before for n in range(count)]
+            assert visited == np.flatnonzero(blocks[row, :, :, j].any(axis=(1, 2))).tolist()
+
+
 def gpus() -> list[jax.Device]:
     try:
         return jax.devices("gpu")
