@@ -231,7 +231,7 @@ class Trainer:
         backend = resolve_attention(attention, platform)
         optimizer = build_optimizer(config, total_steps)
         schedule = build_schedule(config, total_steps)
-        scan = resolve_scan(scan_layers, remat, platform)
+        scan = resolve_scan(scan_layers, remat, platform, mesh.size)
         self.setup = StepSetup(platform, graphdef, config, remat, scan, backend, optimizer, schedule)
         self.abstract_state = self._abstract_state(abstract_params(declared, mesh, jnp.dtype(config.master_dtype)))
         # Pinned: a state that came back placed differently would be compiled for a second time.

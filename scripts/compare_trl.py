@@ -5,8 +5,8 @@
 TRL (torch on the CPU) gets the pairs as messages and makes its own tokens; ours come from preset `trl1`, and must be
 the same ids. Loss `sigmoid` + 0.001 `sft`, linear warm-up, rmsprop and AdamW in float32; with --bfloat16 also the
 first optimizer with bfloat16 compute, whose difference is reported apart. Every update prints both sides. The last
-line is JSON: `steps`, `max_rel_diff` over all float32 runs, and the `worst` quantity. `--set` changes our side only,
-for instance `--set train.moment_dtype=bfloat16`, to see what that costs.
+line is JSON: `steps`, `max_rel_diff` over all float32 runs, and the `worst` quantity. `--set` takes keys that
+TRL has no word for, for instance `--set train.moment_dtype=bfloat16`, to see what they cost.
 
 A difference is relative to TRL's number. A reward is beta times the difference of two log-probs, each a float32 sum of
 up to thousands of nats whose last bit alone may be 2e-4 nats: of a difference between rewards, four such roundings are
@@ -54,6 +54,8 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 QUANTITIES = ("loss", "grad_norm", "learning_rate", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")
 ROUNDINGS = 4  # float32 roundings of a summed log-prob: two sums in the reward, on two sides
 OPTIMIZERS = {"rmsprop": "rmsprop", "adamw": "adamw_torch"}  # our name -> that of transformers
+OURS_ONLY = ("model.remat", "model.scan_layers", "model.attention", "mesh.", "train.tokens_per_device")
+OURS_ONLY += ("train.accumulation_steps", "train.gradient_dtype", "train.moment_dtype")
 Rows = list[dict[str, float]]
 
 
@@ -95,6 +97,8 @@ def make_comparison(args: argparse.Namespace, optimizer: str, compute_dtype: str
         },
     }
     for override in args.set:
+        if not override.startswith(OURS_ONLY):
+            raise DriftError(f"--set {override}: TRL's side would differ; what may be set begins with {OURS_ONLY}.")
         apply_override(raw, override)
     config = build_config(raw)
     tokenizer, rules = load_tokenizer(args.model), build_rules(config.data)

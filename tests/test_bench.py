@@ -10,12 +10,17 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drift_jax.models import triton
+from drift_jax.models.intervals import KeyIntervals
 from tests.tiny_pairs import build_tiny_policy
 
 REPO = Path(__file__).parents[1]
@@ -219,3 +224,35 @@ def test_a_task_survives_its_file(bench: Any, task: Any) -> None:
 
 def test_environments_of_peers_stay_out_of_git() -> None:
     assert ".venv-peers/" in (REPO / ".gitignore").read_text().splitlines()
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def attention() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_attention", REPO / "scripts" / "bench_attention.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_attention"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_line_of_the_attention_benchmark(attention: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    attention.main(["--heads", "4", "--kv-heads", "2", "--dim", "16", "--tokens", "2048"])
+    line = json.loads(capsys.readouterr().out)
+    assert line["rows"][1] % 128 == 0 and line["pairs"] > 1 and line["peer"]["rows"] == 2 * line["pairs"]
+    assert 0 < line["xla"]["error"] < 1e-5
+    assert line["ratio"] == pytest.approx(line["peer"]["both_ms"] / line["xla"]["both_ms"], abs=1e-3)
+
+
+def test_launches_that_are_tried_are_not_those_of_the_one_before(attention: Any) -> None:
+    """jax keeps the program of a function: what is timed must be a new one each time."""
+    rows = [jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    seen = KeyIntervals(*[jax.ShapeDtypeStruct((1, 256), jnp.int32)] * 2)
+    function = partial(triton._forward, True)
+    launches = [triton.choose_launches(rows[0])._replace(forward=triton.Launch(size, size, 4, 1)) for size in (32, 128)]
+    texts = [jax.jit(attention.with_launches(function, one)).lower(*rows, seen).as_text() for one in launches]
+    again = [jax.jit(function).lower(*rows, seen).as_text() for _ in launches]
+    assert texts[0] != texts[1] and again[0] == again[1]

@@ -120,6 +120,13 @@ def test_what_is_changed_is_seen(compare_trl: Any, four_updates: Any, model_dir:
     assert worst["rel_diff"] > 5e-4 if changes else worst["rel_diff"] < 1e-4, worst
 
 
+def test_keys_that_trl_reads_too_are_not_set_for_one_side(compare_trl: Any, model_dir: Path) -> None:
+    given = arguments(model_dir, 4)
+    given.set = ["train.beta=0.2"]
+    with pytest.raises(DriftError, match="--set train.beta=0.2: TRL's side would differ"):
+        compare_trl.make_comparison(given, "rmsprop", "float32")
+
+
 def test_other_tokens_than_those_of_trl_are_named(compare_trl: Any, four_updates: Any, model_dir: Path) -> None:
     comparison, _ = four_updates
     first = comparison.order[0]

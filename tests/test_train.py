@@ -18,10 +18,11 @@ from drift_jax.data.batches import PairBatch, PairLoader, put_batch
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import ConfigError, StageError
 from drift_jax.guards import check_first_loss, check_params_changed
+from drift_jax.models.attention import BACKENDS
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import batch_ways, build_mesh, check_batch
-from drift_jax.train import Trainer, evaluate_scores, host_metrics, loss_and_grads
+from drift_jax.train import Trainer, arrange, evaluate_scores, host_metrics, loss_and_grads, micro_batch
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs
 from tests.torch_reference import torch_reference
@@ -35,11 +36,15 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def make_trainer(
-    model_dir: Path, sizes: tuple[int, int, int] = (1, 1, 1), config: TrainConfig = CONFIG
+    model_dir: Path,
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    config: TrainConfig = CONFIG,
+    scan_layers: bool | None = None,
 ) -> tuple[Trainer, dict[str, Any]]:
     mesh = build_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     declared = declare_qwen(load_qwen_config(model_dir))
-    return Trainer(*declared, mesh, config, "layer", total_steps=10), load_params(model_dir, mesh)
+    trainer = Trainer(*declared, mesh, config, "layer", total_steps=10, scan_layers=scan_layers)
+    return trainer, load_params(model_dir, mesh)
 
 
 def make_loader(pairs: list[TokenizedPair], accumulation: int = 1, batch_size: int = 8, **packing: Any) -> PairLoader:
@@ -102,6 +107,44 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     metrics, grads = compute(trainer, params, batch)
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert max(relative_errors(grads, expected_grads)) < 1e-5
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_layers_may_be_unrolled(model_dir: Path, sizes: tuple[int, int, int]) -> None:
+    """The same update from a program with the products of every layer."""
+    pairs = random_pairs(8)
+    trainer, params = make_trainer(model_dir, sizes)
+    batch = make_loader(pairs, ways=batch_ways(trainer.mesh)).shuffled(0)
+    expected, expected_grads = compute(trainer, params, batch)
+    unrolled, _ = make_trainer(model_dir, sizes, scan_layers=False)
+    metrics, grads = compute(unrolled, params, batch)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert max(relative_errors(grads, expected_grads)) < 1e-5
+    with jax.set_mesh(trainer.mesh):
+        products = [
+            jax.jit(partial(loss_and_grads, one.setup)).lower(params, batch).as_text().count("stablehlo.dot_general")
+            for one in (trainer, unrolled)
+        ]
+    layers = load_qwen_config(model_dir).layers
+    assert layers > 1 and products[1] >= products[0] + 20 * (layers - 1)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_rows_that_a_kernel_turns_round_are_found_again(ways: int) -> None:
+    """The states that predict: of the same tokens, on each device of several rows."""
+    batch = make_loader(random_pairs(16, longest=20), batch_size=16, ways=ways, tokens_per_device=256).shuffled(0)
+    micro = micro_batch(jax.tree.map(jnp.asarray, batch), jnp.int32(0))
+    turned, _ = arrange(BACKENDS["triton"], micro)
+    assert micro.ids.shape[0] >= 2 * ways or ways == 1
+    listed = np.asarray(micro.owners) >= 0
+    found = [
+        np.take_along_axis(np.asarray(x).reshape(ways, -1), np.asarray(rows.sources), 1)[listed]
+        for rows in (micro, turned)
+        for x in (rows.ids, rows.positions)
+    ]
+    np.testing.assert_array_equal(found[:2], found[2:])
+    assert (np.asarray(turned.ids) != np.asarray(micro.ids)).any(), "some rows are turned round"
 
 
 @pytest.mark.parametrize("packing", [{"accumulation": 2}, {"accumulation": 8}, {"tokens_per_device": 128}], ids=str)

@@ -37,8 +37,8 @@ class PairBatch(NamedTuple):
     A are micro-batches of R rows of T tokens, of which the first `micro_batches` hold pairs. The prompt is there once:
     both sides look at it and not at each other, and the positions of both go on where the prompt ends. Padding is
     known by place, never by id: the pad id may be a real token. The completion tokens are listed apart, for each of the
-    G devices that rows are split over: those of one side one after the other, C = T x R // G at most. The arrays are
-    numpy's until `put_batch` places them.
+    G devices that rows are split over: those of one side one after the other, C = T x R // G with room for all. The
+    arrays are numpy's until `put_batch` places them.
     """
 
     ids: Int[Any, "A R T"]
@@ -92,7 +92,7 @@ class PairLoader:
     group_cut: GroupCut | None = None
     group_size: int = 1
     ref_last_logps: Float[np.ndarray, "N 2"] | None = None  # of the last tokens; needed with `group_cut`
-    ways: int = 1  # into how many parts the mesh splits the rows
+    ways: int = 1  # into how many parts the mesh splits the rows: `sharding.batch_ways`
     tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
     attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.COSTS`
 
@@ -187,8 +187,9 @@ class PairLoader:
         batch = empty._replace(ref_logps=ref_logps, micro_batches=np.int32(micro_batches))
         batch.real[: len(rows)] = True
         for i, members in enumerate(packed):
-            # Dealt out in turn, so that the rows of the last micro-batch are the only ones that may be empty.
-            micro, row = divmod(i, shape.rows)
+            # Dealt out in turn, to the devices too: only the last micro-batch may have empty rows, on all alike.
+            micro, turn = divmod(i, shape.rows)
+            row = turn % self.ways * (shape.rows // self.ways) + turn // self.ways
             _fill_row(batch, (micro, row), [(m, self.pairs[rows[m]], lost_ends[m]) for m in members])
         return batch
 

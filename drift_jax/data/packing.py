@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Row lengths are multiples of this: the kernels' smallest blocks.
+# Row lengths are multiples of this: the kernels' largest common block.
 ROW_MULTIPLE = 128
 # Tokens of a micro-batch on one device. More only costs memory; fewer leave matrices too thin.
 _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
@@ -33,7 +33,8 @@ class Costs(NamedTuple):
 
 # By attention back end. All of them skip the keys of other pairs and only have some overhead; what the Triton kernel
 # does for a token does not depend on its row. Of every parameter a micro-batch moves some 25 bytes, and a token takes
-# 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU few. Kernels like rows of their largest blocks.
+# 8 FLOPs: an H100 and a TPU v5e do 500 tokens in that time, a CPU few. Splash likes rows of its largest blocks; where
+# rows may be very long, steps of 512 keep the shapes to choose from few.
 COSTS = {
     "xla": Costs(65536, 64, 128, 8192),
     "splash": Costs(65536, 512, 512, 8192),

@@ -70,7 +70,7 @@ def token_logps(
 
     Args:
       head_grads: None, or gradients of `head` so far, to which its gradient goes (see models/stack.py).
-      tile: by default that of an accelerator.
+      tile: by default that of a TPU.
     """
     dim, (groups, length) = hidden.shape[2], sources.shape
     tile = tile or choose_tile("", groups, head.shape[0])

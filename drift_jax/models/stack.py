@@ -75,12 +75,16 @@ REMAT: dict[str, Remat] = {
 }
 
 
-def resolve_scan(scan_layers: bool | None, remat: str, platform: str) -> bool:
-    """What `model.scan_layers` means on devices of `platform` (`jax.Device.platform`).
+def resolve_scan(scan_layers: bool | None, remat: str, platform: str, devices: int) -> bool:
+    """What `model.scan_layers` means on so many devices of `platform` (`jax.Device.platform`).
 
-    On a GPU the copies into and out of a scan's stack take a tenth of a step that keeps products (BENCHMARKS.md).
+    On a GPU the copies into and out of a scan's stack take a tenth of a step that keeps products (DESIGN.md). Without a
+    scan the compiler also keeps weights in the dtype of the matmuls from the forward to the backward pass: 2 bytes a
+    parameter on one device, but what was gathered on several, so these scan.
     """
-    return not (platform == "gpu" and remat in ("none", "dots")) if scan_layers is None else scan_layers
+    if scan_layers is not None:
+        return scan_layers
+    return not (platform == "gpu" and devices == 1 and remat in ("none", "dots"))
 
 
 def apply_layers(
@@ -178,8 +182,9 @@ def _count(weights: Any) -> int:
 def _cast(weights: Any, index: Array | int, dtype: Any) -> Any:
     """One layer's weights in the dtype of the activations.
 
-    The factor is 1 at every index, which the compiler does not know: else it would cast the weights of all layers ahead
-    of the loop and hold a second copy of them (it looks through `optimization_barrier`).
+    In a scan the factor is 1 at every index, which the compiler does not know: else it would cast the weights of all
+    layers ahead of the loop and hold a second copy of them (it looks through `optimization_barrier`). Unrolled, it
+    does hold one.
     """
     one = 1 + jnp.float32(index) * 1e-30
     return jax.tree.map(lambda w: w if w.dtype == dtype else (w * one).astype(dtype), weights)
@@ -187,7 +192,8 @@ def _cast(weights: Any, index: Array | int, dtype: Any) -> Any:
 
 def _add_at(index: Array | int, total: Array, more: Array) -> Array:
     """total[index] += more, added in float32 or wider."""
-    if isinstance(index, int) and jnp.promote_types(total.dtype, jnp.float32) == total.dtype:
+    exact = more.dtype == total.dtype or jnp.promote_types(total.dtype, jnp.float32) == total.dtype
+    if isinstance(index, int) and exact:
         # Of an addition to a slice XLA knows that it can be done in place; below, it copies the slices of all layers.
         known = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
         return total.at[index].add(more.astype(total.dtype), **known)

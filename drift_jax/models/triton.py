@@ -3,8 +3,9 @@
 FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) with three changes:
 1. The mask is the `KeyIntervals` of the row: two integers per query, compared with the index of the key.
 2. A program goes only through the blocks that the mask leaves something of; which these are is computed before.
-3. dK and dV of a kv head are summed over its query heads inside one program; dQ has a kernel of its own, so that no
-   two programs add to the same place and the result does not depend on their order.
+3. dK and dV of a kv head are summed over some of its query heads inside one program, and over the programs in float32
+   afterwards; dQ has a kernel of its own. So no two programs add to the same place, and the result does not depend on
+   their order.
 Scores, softmax and sums are float32; of the softmax only the log-sum-exp of each query is kept for the backward pass.
 """
 
@@ -39,11 +40,14 @@ class Launches(NamedTuple):
     forward: Launch
     query: Launch  # dQ
     key: Launch  # dK and dV
-    heads_per_program: int | None  # query heads that one program of `key` adds up; None: all that share a kv head
+    # Query heads that one program of `key` adds up, or fewer that divide those of a kv head; None: all of these. Where
+    # some are left for others, dK and dV lie in memory in float32 for each program.
+    heads_per_program: int | None
 
 
-# The fastest of those tried on an H100 (scripts/bench_attention.py), where they fit into its shared memory.
+# The fastest of those tried on an H100 (drift_jax/DESIGN.md). Blocks divide LANES, of which rows are multiples.
 _LAUNCHES = Launches(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), 2)
+_OTHER_SHARED = 16 * 1024  # bytes of a program that are not blocks of queries or keys, at most
 _MASKED = -1e30  # finite: a block may hold no key of a query
 _LOG2_E = math.log2(math.e)  # 2**x is what the hardware has
 
@@ -159,14 +163,21 @@ def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
 
 
 def choose_launches(query: Float[Array, "B T N H"]) -> Launches:
-    """Those of an H100, with one block on its way at a time where two would not fit into shared memory."""
-    dim, wide = query.shape[3], query.shape[3] * query.dtype.itemsize > 256
+    """Those of an H100, with as many blocks on their way at a time as fit into shared memory."""
+    token = query.shape[3] * query.dtype.itemsize
 
     def fit(launch: Launch) -> Launch:
-        return launch._replace(warps=4 if dim <= 64 else launch.warps, stages=1 if wide else launch.stages)
+        room = _shared_memory() - launch.queries * token - _OTHER_SHARED
+        return launch._replace(stages=max(1, min(launch.stages, room // (2 * launch.keys * token))))
 
     kernels = _LAUNCHES
     return kernels._replace(forward=fit(kernels.forward), query=fit(kernels.query), key=fit(kernels.key))
+
+
+def _shared_memory() -> int:
+    """Bytes that a program may have, of an A100 or a larger GPU; GPUs for desktops and inference have less."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    return (99 if capability in ("8.6", "8.9", "12.0") else 163) * 1024
 
 
 # --- which blocks ------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Attention over packed rows in plain XLA, for every platform: block by block, with a hand-written backward pass.
 
-Only the blocks of keys of which a block of queries sees some are computed: neither other pairs nor, for rejected
-tokens, the chosen side. Long rows of many pairs cost no more than short ones. The softmax is the running one of Milakov
-and Gimelshein (arXiv 1805.02867), the backward pass that of FlashAttention (arXiv 2205.14135): it makes the scores
-again from one log-sum-exp a query.
+Only the blocks of keys of which a block of queries sees some, in any row of the batch, are computed: neither other
+pairs nor, for rejected tokens, the chosen side. Long rows of many pairs cost no more than short ones. The softmax is
+the running one of Milakov and Gimelshein (arXiv 1805.02867), the backward pass that of FlashAttention (arXiv
+2205.14135): it makes the scores again from one log-sum-exp a query.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -217,6 +218,20 @@ def test_how_a_kernel_goes_through_a_row_changes_nothing(launches: triton.Launch
         ours = value_and_grads(kernel, q, k, v)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "stages"),
+    [("9.0", jnp.bfloat16, 3), ("8.0", jnp.bfloat16, 3), ("8.9", jnp.bfloat16, 2), ("9.0", jnp.float32, 1)],
+)
+def test_blocks_fit_into_shared_memory(capability: str, dtype: Any, stages: int) -> None:
+    """And divide every row that is taken. An RTX 4090 (8.9) has 99 KiB for a program, an A100 (8.0) 163."""
+    query = jnp.zeros((1, 128, 2, 128), dtype)
+    with patch.object(triton.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)]):
+        launches = triton.choose_launches(query)
+    assert launches.forward.stages == stages
+    for launch in launches[:3]:
+        assert 128 % launch.queries == 128 % launch.keys == 0 and launch.stages >= 1
 
 
 @settings(deadline=None, max_examples=60)

@@ -167,6 +167,14 @@ def test_one_pass_over_the_logits_gives_the_sums_of_three(vocab: int) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("platform", "reductions"), [("cuda", 1), ("tpu", 3), ("cpu", 3)])
+def test_gpus_alone_take_one_pass(platform: str, reductions: int) -> None:
+    sums = logps._Sums(*[jax.ShapeDtypeStruct((1, 4), jnp.float32)] * 3)
+    block = jax.ShapeDtypeStruct((1, 4, 64), jnp.float32), True, jax.ShapeDtypeStruct((1, 4, 64), jnp.bool_)
+    text = jax.jit(logps._sum_up).trace(sums, *block).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.reduce(") == reductions
+
+
 @pytest.mark.mesh
 @pytest.mark.parametrize("sizes", [(1, 1, 1), *MESHES])
 def test_one_pass_on_meshes(sizes: tuple[int, int, int]) -> None:

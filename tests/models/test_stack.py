@@ -114,10 +114,11 @@ def test_a_layer_added_to_the_wrong_place_is_seen() -> None:
         assert_close(total, jax.tree.map(jnp.add, so_far, d_weights))
 
 
-def test_the_sum_keeps_its_dtype_and_is_rounded_once_per_addition() -> None:
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_sum_keeps_its_dtype_and_is_rounded_once_per_addition(scan: bool) -> None:
     d_weights = plain_gradients()[0]
     so_far = jax.tree.map(lambda w: w.astype(jnp.bfloat16), make_weights(seed=9))
-    function = jax.jit(jax.grad(partial(weighted_sum, "layer"), 1, has_aux=True))
+    function = jax.jit(jax.grad(partial(weighted_sum, "layer", scan=scan), 1, has_aux=True))
     total = function(make_weights(), so_far, make_inputs()[0])[0]
     for a, b, start in zip(*map(jax.tree.leaves, (total, d_weights, so_far)), strict=True):
         assert a.dtype == jnp.bfloat16
@@ -138,19 +139,22 @@ def test_layers_compute_in_the_dtype_of_x() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "remat", "platform", "scanned"),
+    ("scan_layers", "remat", "platform", "devices", "scanned"),
     [
-        (None, "dots", "gpu", False),
-        (None, "none", "gpu", False),
-        (None, "layer", "gpu", True),
-        (None, "dots", "tpu", True),
-        (None, "dots", "cpu", True),
-        (True, "dots", "gpu", True),
-        (False, "layer", "cpu", False),
+        (None, "dots", "gpu", 1, False),
+        (None, "none", "gpu", 1, False),
+        (None, "dots", "gpu", 2, True),
+        (None, "layer", "gpu", 1, True),
+        (None, "dots", "tpu", 1, True),
+        (None, "dots", "cpu", 1, True),
+        (True, "dots", "gpu", 1, True),
+        (False, "layer", "cpu", 8, False),
     ],
 )
-def test_where_layers_are_scanned(scan_layers: bool | None, remat: str, platform: str, scanned: bool) -> None:
-    assert stack.resolve_scan(scan_layers, remat, platform) is scanned
+def test_where_layers_are_scanned(
+    scan_layers: bool | None, remat: str, platform: str, devices: int, scanned: bool
+) -> None:
+    assert stack.resolve_scan(scan_layers, remat, platform, devices) is scanned
 
 
 def test_only_a_scan_has_one_program_for_all_layers() -> None:
