@@ -133,10 +133,10 @@ def test_layers_may_be_unrolled(model_dir: Path, sizes: tuple[int, int, int]) ->
 @pytest.mark.parametrize("ways", [1, 2, 4])
 def test_rows_that_a_kernel_turns_round_are_found_again(ways: int) -> None:
     """The states that predict: of the same tokens, on each device of several rows."""
-    batch = make_loader(random_pairs(16, longest=20), batch_size=16, ways=ways, tokens_per_device=256).shuffled(0)
+    batch = make_loader(random_pairs(64, longest=20), batch_size=64, ways=ways, tokens_per_device=256).shuffled(0)
     micro = micro_batch(jax.tree.map(jnp.asarray, batch), jnp.int32(0))
     turned, _ = arrange(BACKENDS["triton"], micro)
-    assert micro.ids.shape[0] >= 2 * ways or ways == 1
+    assert micro.ids.shape[0] >= 2 * ways
     listed = np.asarray(micro.owners) >= 0
     found = [
         np.take_along_axis(np.asarray(x).reshape(ways, -1), np.asarray(rows.sources), 1)[listed]
