@@ -24,7 +24,7 @@ define pip_install
 endef
 
 help:
-	@echo "make quickstart   the whole loop on a small model and real complaints, in about 10 minutes"
+	@echo "make quickstart   the whole loop on a small model and real complaints, in about 5 minutes"
 	@echo "                  (MODEL=Qwen/Qwen2.5-0.5B-Instruct takes a model from the Hugging Face hub instead)"
 	@echo "make setup        .venv with everything for working on the code"
 	@echo "make test         all tests; ARGS='-k losses' picks some, WORKERS=8 runs more at a time"

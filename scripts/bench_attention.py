@@ -102,8 +102,8 @@ def measure(attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], flo
     return {
         "forward_ms": round(forward, 3),
         "both_ms": round(both, 3),
-        "forward_tflops": round(flops / forward / 1e9, 1),
-        "both_tflops": round(3.5 * flops / both / 1e9, 1),
+        "forward_tflops": float(f"{flops / forward / 1e9:.3g}"),
+        "both_tflops": float(f"{3.5 * flops / both / 1e9:.3g}"),
     }
 
 
