@@ -43,9 +43,7 @@ class ModelConfig:
     revision: str | None = None  # branch, tag or commit when `path` is a hub id
     compute_dtype: DType = "bfloat16"  # activations and matmuls
     remat: Literal["none", "dots", "layer", "offload"] = "layer"  # what the backward pass computes again
-    scan_layers: bool | None = (
-        None  # one program for all layers; null: yes, but not on a single GPU with remat none, dots
-    )
+    scan_layers: bool | None = None  # one program for all layers; null: not on one GPU with remat none or dots
     attention: Literal["auto", "xla", "splash", "triton"] = "auto"  # the back end; auto: by device, see `drift doctor`
     pad_embedding: Literal["trained", "frozen"] = "trained"  # see `drift presets`; the preset gives the default
 

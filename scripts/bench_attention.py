@@ -37,6 +37,7 @@ from drift_jax.data.pairs import TokenizedPair
 from drift_jax.models import triton
 from drift_jax.models.attention import BACKENDS, AttentionBackend, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, to_intervals
+from scripts.counts import count_seen
 
 Times = dict[str, Any]
 
@@ -149,15 +150,6 @@ def measure_peer(args: argparse.Namespace, pairs: list[TokenizedPair], platform:
     )
 
 
-def count_seen(pairs: list[TokenizedPair]) -> int:
-    """Positions seen by all queries."""
-    total = 0
-    for pair in pairs:
-        prompt, sides = len(pair.prompt_ids), pair.completion_lengths
-        total += sum(n * (n + 1) // 2 for n in (prompt, *sides)) + prompt * sum(sides)
-    return total
-
-
 def with_launches(function: Callable[..., Any], launches: triton.Launches) -> Callable[..., Any]:
     """A kernel with other launches: a new function, or jax would take the program that it has of the old one."""
 
@@ -205,13 +197,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
-    args.tokens, args.dtype = (
-        args.tokens or (4096 if on_cpu else 15360),
-        args.dtype or ("float32" if on_cpu else "bfloat16"),
-    )
+    args.tokens = args.tokens or (4096 if on_cpu else 15360)
+    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     best = resolve_attention("auto", device.platform).name
     pairs = draw_pairs(args.tokens)
-    spans, flops = pack(pairs, args.tokens, best), 4.0 * args.heads * args.dim * count_seen(pairs)
+    seen = sum(count_seen(len(pair.prompt_ids), *pair.completion_lengths) for pair in pairs)
+    spans, flops = pack(pairs, args.tokens, best), 4.0 * args.heads * args.dim * seen
     if args.tune:
         tune(args, spans, flops)
     row: dict[str, Any] = {"bench": "attention", "device": device.device_kind, "pairs": len(pairs), "dtype": args.dtype}

@@ -54,6 +54,7 @@ from drift_jax.models.qwen import init_params  # noqa: E402
 from drift_jax.records import Pair, read_dsat, read_pairs  # noqa: E402
 from drift_jax.sharding import build_mesh  # noqa: E402
 from scripts.architectures import ARCHITECTURES, write_architecture  # noqa: E402
+from scripts.counts import count_seen  # noqa: E402
 
 SHARED_DATA = REPO.parent / "shared" / "data" / "dsat_real.jsonl"
 SAMPLE_DATA = REPO / "data" / "sample" / "compare.jsonl"
@@ -200,10 +201,9 @@ def useful_flops(config: dict[str, Any], pairs: list[Ids]) -> float:
     forward = 0.0
     for pair in pairs:
         prompt, chosen, rejected = (len(pair[name]) for name in PART_NAMES)
-        seen = sum(n * (n + 1) / 2 for n in (prompt, chosen, rejected)) + prompt * (chosen + rejected)
         forward += 2 * weights * (prompt + chosen + rejected)
         forward += 2 * config["vocab_size"] * width * (chosen + rejected)
-        forward += 4 * queries * layers * seen
+        forward += 4 * queries * layers * count_seen(prompt, chosen, rejected)
     return 4 * forward
 
 

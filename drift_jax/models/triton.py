@@ -35,6 +35,10 @@ class Launch(NamedTuple):
     warps: int
     stages: int  # blocks on their way to shared memory at a time
 
+    @property
+    def params(self) -> plt.CompilerParams:
+        return plt.CompilerParams(num_warps=self.warps, num_stages=self.stages)
+
 
 class Launches(NamedTuple):
     forward: Launch
@@ -93,7 +97,7 @@ def _forward(
             jax.ShapeDtypeStruct(query.shape, value.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        compiler_params=launch.params,
         interpret=interpret,
         name="pair_attention_forward",
     )(query, key, value, *intervals, visits)
@@ -125,7 +129,7 @@ def _backward_query(interpret: bool, *inputs: Array) -> Array:
         in_specs=[rows, keys, keys, bound, bound, rows, number, number, visit],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        compiler_params=launch.params,
         interpret=interpret,
         name="pair_attention_backward_query",
     )(*inputs, visits)
@@ -136,8 +140,7 @@ def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
     launches = choose_launches(query)
-    launch, each = launches.key, launches.heads_per_program or groups
-    each = math.gcd(each, groups)
+    launch, each = launches.key, math.gcd(launches.heads_per_program or groups, groups)
     parts = heads // each  # one program's sums each, in float32 where those of a kv head are added up afterwards
     visits = _find_queries(KeyIntervals(start, stop), launch)
     rows = pl.BlockSpec((None, length, each, dim), lambda j, b, p: (b, 0, p, 0))
@@ -154,7 +157,7 @@ def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
         in_specs=[rows, keys, keys, bound, bound, rows, number, number, visit],
         out_specs=[sums, sums],
         out_shape=out,
-        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        compiler_params=launch.params,
         interpret=interpret,
         name="pair_attention_backward_key",
     )(*inputs, visits)
