@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from drift_jax.config import DataConfig
 from drift_jax.data.batches import PairBatch, PairLoader, count_tokens, epoch_order, pair_tokens
-from drift_jax.data.packing import COSTS
+from drift_jax.data.packing import COSTS, BatchShape
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.records import Pair, read_dsat
@@ -88,6 +88,14 @@ def test_padding_sees_itself_only() -> None:
         np.testing.assert_array_equal(bound[1, 0, 62:], own[62:])
         np.testing.assert_array_equal(bound[2:], np.broadcast_to(own, (2, 1, 128)))
     assert (batch.owners[2:] == -1).all() and (batch.owners[1, 0, 2:] == -1).all()
+
+
+def test_rows_are_dealt_out_over_the_devices() -> None:
+    """Four rows for four devices that could take two each: every device has one to compute."""
+    pairs = [make_pair(str(i), list(range(70)), [50], [60]) for i in range(8)]
+    loader = make_loader(pairs, 8, ways=4, tokens_per_device=256)
+    batch = loader._build(np.arange(4), np.zeros((4, 2), bool), [BatchShape(8, 128)])
+    assert (batch.owners[0] >= 0).sum(axis=1).tolist() == [2, 2, 2, 2]
 
 
 def test_lost_ends_are_not_listed_and_not_in_the_reference(two_pairs: PairLoader) -> None:
