@@ -239,7 +239,7 @@ class Trainer:
         self.jitted_step = jax.jit(
             partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(mesh))
         )
-        self._score = jax.jit(partial(score_step, self.setup))
+        self.jitted_score = jax.jit(partial(score_step, self.setup))
 
     def _abstract_state(self, params: dict[str, Any]) -> TrainState:
         """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
@@ -296,7 +296,7 @@ class Trainer:
         waiting: list[tuple[Int[np.ndarray, "R"], PairScores]] = []
         for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
             with jax.set_mesh(self.mesh):
-                waiting.append((rows, self._score(params, put_batch(batch, self.mesh))))
+                waiting.append((rows, self.jitted_score(params, put_batch(batch, self.mesh))))
             # One batch behind, so that the device always has the next one.
             if len(waiting) > 1:
                 collect(*waiting.pop(0))

@@ -6,6 +6,7 @@ what has to be set before JAX looks for devices.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -32,10 +33,10 @@ class Chip:
     limit_from: str  # where the limit comes from
 
 
-# HBM as the compiler counts it: from its message where a program does not fit. Clocks and links as Google publishes
+# HBM as the compiler counts it: from its message where a program does not fit. Without v4, of which the compiler only
+# offers the two cores of a chip apart, with half of its memory each. Clocks and links as Google publishes
 # them and the "How to Scale Your Model" book has them (jax-ml.github.io/scaling-book/tpus).
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("TPU v4", 31.75, 275e12, 1.05e9, 45e9, "TPU compiler"),
     "v5e": Chip("TPU v5e", 15.75, 197e12, 1.5e9, 45e9, "TPU compiler"),
     "v5p": Chip("TPU v5p", 95.74, 459e12, 1.75e9, 90e9, "TPU compiler"),
     "v6e": Chip("TPU v6e", 31.25, 918e12, 1.75e9, 90e9, "TPU compiler"),
@@ -112,10 +113,8 @@ def open_local(count: int, hbm_gib: float | None = None) -> Slice:
     import jax
 
     if _only_cpu(jax):
-        try:
+        with contextlib.suppress(RuntimeError):  # JAX has started: what is there is checked below
             jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            pass  # JAX has started: what is there is checked below
     devices = jax.devices()
     if len(devices) < count:
         raise ConfigError(

@@ -94,7 +94,7 @@ class LocalSampler(Sampler):
         self.ways = batch_ways(policy.mesh)
         self.policy = policy
         self.batch_size = batch_size
-        self._generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1)
+        self.jitted_generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1)
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, on_batch: OnBatch | None = None
@@ -136,7 +136,7 @@ class LocalSampler(Sampler):
         with jax.set_mesh(mesh):
             by_row = build_sharding(mesh, ("batch", None), ids.shape, "prompts")
             one = build_sharding(mesh, ("batch",), lengths.shape, "prompts")
-            tokens = self._generate(
+            tokens = self.jitted_generate(
                 self.policy.params,
                 params,
                 jax.device_put(ids, by_row),
