@@ -63,7 +63,8 @@ class Row:
     estimate: Estimate | None = None
     bound_step_s: float | None = None  # FLOPs that the pairs need at the chips' peak
     compile_s: float = 0.0
-    note: str = ""
+    about: str = ""  # where the figures come from
+    note: str = ""  # why it does not fit
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rounded to what they are worth."""
@@ -93,6 +94,7 @@ def plan_row(
     architecture: dict[str, Any],
     where: Slice,
     names: Sequence[str] = PROGRAMS,
+    on_program: Callable[[str], None] = lambda name: None,
     on_text: Callable[[str, str], None] | None = None,
 ) -> Row:
     """Compiles the programs of a config for a slice. What cannot be split, or does not fit, is a row that says so.
@@ -100,16 +102,18 @@ def plan_row(
     Args:
       architecture: as in `config.json`.
       names: which programs; after one that does not fit the rest are left out.
+      on_program: called after each compilation.
       on_text: gets the name of each compiled program and its text.
     """
     sizes = dataclasses.asdict(config.mesh)
-    row = Row(sizes, config.train.accumulation_steps, config.model.remat, False, where.chip.limit_gib)
+    row = Row(sizes, config.train.accumulation_steps, config.model.remat, False, where.chip.limit_gib, about=where.note)
     try:
         programs = build_programs(config, architecture, where.devices)
         row = dataclasses.replace(row, **_describe(programs, where))
         for name in names:
             done = compile_program(programs, name)
             row = _add_program(row, name, done)
+            on_program(name)
             if done.compiled is None:
                 break
             text = done.compiled.as_text() if name == "train" or on_text else None
@@ -158,7 +162,6 @@ def _describe(programs: Programs, where: Slice) -> dict[str, Any]:
         "row_length": batch.ids.shape[2],
         "tokens_per_step": programs.tokens,
         "bound_step_s": programs.step_flops / (len(where.devices) * where.chip.peak_flops),
-        "note": where.note,
     }
 
 
