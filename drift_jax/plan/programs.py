@@ -34,7 +34,7 @@ from drift_jax.plan.hlo import Instruction, Region, read_shapes
 from drift_jax.sampling.base import SamplingParams
 from drift_jax.sampling.draw import row_keys
 from drift_jax.sampling.local import LocalSampler, prompt_bucket
-from drift_jax.sharding import batch_ways, build_mesh, build_sharding, check_batch
+from drift_jax.sharding import build_mesh, build_sharding, check_batch
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.train import Trainer
 
@@ -165,6 +165,11 @@ class Programs:
         return float(overlap.sum() / len(overlap)) * block**2
 
 
+def resolve_mesh(config: RunConfig, devices: Sequence[Any]) -> dict[str, int]:
+    """Mesh axis -> devices, as the config's mesh comes out over the devices. Raises `ConfigError` where it does not."""
+    return dict(build_mesh(config.mesh, devices).shape)
+
+
 def build_programs(config: RunConfig, architecture: dict[str, Any], devices: Sequence[Any]) -> Programs:
     """Everything but the compilation.
 
@@ -188,8 +193,3 @@ def build_programs(config: RunConfig, architecture: dict[str, Any], devices: Seq
 def _longest_pairs(config: RunConfig) -> list[TokenizedPair]:
     prompt, completion = (np.zeros(count, np.int32) for count in PairLengths.of(config))
     return [TokenizedPair(str(i), prompt, completion, completion) for i in range(config.train.batch_size)]
-
-
-def count_ways(programs: Programs) -> int:
-    """Over how many devices rows are split."""
-    return batch_ways(programs.mesh)

@@ -18,7 +18,7 @@ from drift_jax.errors import ConfigError
 from drift_jax.plan.collectives import Traffic, find_collectives, sum_traffic
 from drift_jax.plan.estimate import Estimate, estimate, estimate_from_flops
 from drift_jax.plan.hlo import Program, is_passed_on, read_program
-from drift_jax.plan.programs import PROGRAMS, Programs, build_programs
+from drift_jax.plan.programs import PROGRAMS, Programs, build_programs, resolve_mesh
 from drift_jax.plan.slices import Slice
 
 GIB = 2**30
@@ -108,6 +108,7 @@ def plan_row(
     sizes = dataclasses.asdict(config.mesh)
     row = Row(sizes, config.train.accumulation_steps, config.model.remat, False, where.chip.limit_gib, about=where.note)
     try:
+        row = dataclasses.replace(row, mesh=resolve_mesh(config, where.devices))
         programs = build_programs(config, architecture, where.devices)
         row = dataclasses.replace(row, **_describe(programs, where))
         for name in names:
@@ -156,7 +157,6 @@ def read_need(message: str) -> float | None:
 def _describe(programs: Programs, where: Slice) -> dict[str, Any]:
     batch = programs.batch
     return {
-        "mesh": programs.mesh_sizes,
         "pairs": programs.config.train.batch_size,
         "micro_batches": int(batch.micro_batches),
         "row_length": batch.ids.shape[2],

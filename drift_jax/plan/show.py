@@ -18,7 +18,7 @@ _ESTIMATE = "time is an estimate: the compiler's cycles, kernels by their FLOPs,
 
 
 def label(row: Row) -> str:
-    mesh = " ".join(f"{axis}={size}" for axis, size in row.mesh.items() if size > 1) or "1 device"
+    mesh = " ".join(f"{axis}={size}" for axis, size in row.mesh.items() if size != 1) or "1 device"
     return f"{mesh} acc={row.accumulation_steps} {row.remat}"
 
 
@@ -50,8 +50,8 @@ def _cost_table(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         seconds = row.estimated_step_s
         rate = f"{row.tokens_per_step / seconds:,.0f}" if seconds else "-"
-        cells = (row.hbm_gib_per_chip, row.limit_gib, seconds, row.bound_step_s)
-        table.add_row(label(row), "yes" if row.fits else "no", *map(_cell, cells), rate)
+        cells = (*map(_cell, (row.hbm_gib_per_chip, row.limit_gib)), *map(_time, (seconds, row.bound_step_s)))
+        table.add_row(label(row), "yes" if row.fits else "no", *cells, rate)
     return table
 
 
@@ -75,8 +75,11 @@ def _traffic_table(rows: Sequence[Row]) -> Table:
 
 
 def _cell(value: float | None) -> str:
-    """Two decimals, or three digits where that is more."""
-    return "-" if value is None else f"{value:.2f}" if value >= 1 or not value else f"{value:.3g}"
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.3g}"
 
 
 # --- the page ------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def _time_chart(rows: Sequence[Row]) -> dict[str, Any]:
                 _Piece(x + row.bound_step_s * scale, over * scale, _COLOURS[4], f"over it: {over:.2f} s"),
             ]
             x += max(row.estimated_step_s, row.bound_step_s) * scale
-        text = f"{_cell(row.estimated_step_s)} s (bound {_cell(row.bound_step_s)})"
+        text = f"{_time(row.estimated_step_s)} s (bound {_time(row.bound_step_s)})"
         bars.append(_Bar(_GAP + i * (_BAR + _GAP), label(row), pieces, x, text))
     return {"bars": bars, "height": _height(rows), "limit": None}
 
@@ -198,6 +201,7 @@ td:first-child,th:first-child{text-align:left}
 <td>{{ sent.axis }}</td><td>{{ '%.0f' % sent.count }}</td><td>{{ '%.3f' % (sent.bytes / gib) }}</td></tr>
 {% endfor %}{% endfor %}</table>
 <h2>Notes</h2>
-<ul>{% for about in abouts %}<li>{{ about }}</li>{% endfor %}{% for name, row in rows %}{% if row.note %}<li>{{ name }}: {{ row.note }}</li>{% endif %}{% endfor %}</ul>
+<ul>{% for about in abouts %}<li>{{ about }}</li>{% endfor %}
+{% for name, row in rows %}{% if row.note %}<li>{{ name }}: {{ row.note }}</li>{% endif %}{% endfor %}</ul>
 </body></html>
 """
