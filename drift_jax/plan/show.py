@@ -39,7 +39,7 @@ def print_plan(rows: Sequence[Row], console: Console, title: str) -> None:
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
     for name in left:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -56,7 +56,7 @@ def _cost_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def _memory_table(rows: Sequence[Row]) -> Table:
-    names = ("train", "params", "optim.", "grads", "activ.", "temp.", "ref.", "sampler")
+    names = ("train", "param", "optim", "grad", "activ", "temp", "ref", "sampl")
     table = _table("GiB per chip: the train step and its parts, the reference pass, the sampler", ("mesh",), names)
     for row in rows:
         parts = row.parts or (None,) * len(Parts._fields)
