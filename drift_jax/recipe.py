@@ -30,7 +30,7 @@ from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.progress import StageSummary, summary_markdown, summary_table
 from drift_jax.records import read_pairs
-from drift_jax.sharding import build_mesh, check_batch, check_sampling_batch
+from drift_jax.sharding import build_layout, check_batch, check_sampling_batch, for_sampling
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.export import export_stage
 from drift_jax.stages.identity import export_identity, sample_identity, train_identity
@@ -72,11 +72,11 @@ def check_run(config: RunConfig, model_dir: Path) -> None:
       DriftError: the mesh does not fit the devices, the batches or the model; the tokenizer does not fit the model;
         a tracker is not installed; an input file is missing or has bad rows.
     """
-    mesh = build_mesh(config.mesh)
-    check_batch(mesh, config.train.batch_size, config.train.accumulation_steps)
+    layout = build_layout(config.mesh)
+    check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
     if config.recipe.iterations:
-        check_sampling_batch(mesh, config.sampling.batch_size)
-    param_shardings(declare_qwen(load_qwen_config(model_dir))[1], mesh)
+        check_sampling_batch(for_sampling(layout), config.sampling.batch_size)
+    param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
     check_trackers(config.tracking.trackers)
     open_tokenizer(model_dir)
     for path in filter(None, (config.data.seed_train, config.data.seed_test)):

@@ -34,9 +34,9 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, tuple[Any, ...], dic
     from jax.experimental import topologies
 
     from drift_jax.config import apply_override, build_config
-    from drift_jax.data.batches import PairLoader, batch_shardings
+    from drift_jax.data.batches import PairLoader, batch_shardings, batch_split
     from drift_jax.data.pairs import TokenizedPair
-    from drift_jax.sharding import batch_ways, build_mesh
+    from drift_jax.sharding import build_layout
     from drift_jax.stages.dpo import build_trainer
     from scripts.architectures import write_architecture
 
@@ -49,9 +49,11 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, tuple[Any, ...], dic
     for override in args.set:
         apply_override(raw, override)
     config = build_config(raw)
-    mesh = build_mesh(config.mesh, topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices)
+    layout = build_layout(
+        config.mesh, topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, write_architecture(args.model, Path(folder)), mesh, steps=100)
+        trainer = build_trainer(config, write_architecture(args.model, Path(folder)), layout, steps=100)
     prompt, completion = (np.zeros(count, np.int32) for count in (args.prompt, args.completion))
     pairs = [TokenizedPair(str(i), prompt, completion, completion) for i in range(args.pairs)]
     loader = PairLoader(
@@ -60,28 +62,28 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, tuple[Any, ...], dic
         args.pairs,
         config.train.accumulation_steps,
         config.data.max_length,
-        ways=batch_ways(mesh),
+        split=batch_split(layout),
         tokens_per_device=config.train.tokens_per_device,
     )
     batch = loader.shuffled(0)
     placed = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         batch,
-        batch_shardings(batch, mesh),
+        batch_shardings(batch, layout),
     )
     rows = {"micro_batches": int(batch.micro_batches), "rows": batch.ids.shape[1], "row_length": batch.ids.shape[2]}
-    return mesh, trainer.jitted_step, (trainer.abstract_state, placed), rows
+    return layout, trainer.jitted_step, (trainer.abstract_state, placed), rows
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
-    mesh, step, abstract, rows = build_step(args)
+    layout, step, abstract, rows = build_step(args)
     row: dict[str, Any] = {"model": args.model, "topology": args.topology, "pairs": args.pairs, "set": args.set}
-    row |= rows | {"mesh": dict(mesh.shape), "limit_gib": LIMIT_GIB[args.topology.split(":")[0]]}
+    row |= rows | {"mesh": layout.sizes, "limit_gib": LIMIT_GIB[args.topology.split(":")[0]]}
     start = time.monotonic()
     try:
-        with jax.set_mesh(mesh):
+        with use_layout(layout):
             compiled = step.lower(*abstract).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

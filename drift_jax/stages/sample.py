@@ -16,7 +16,7 @@ from drift_jax.progress import stage_progress
 from drift_jax.records import DsatRecord, Pair, pair_to_row, write_json, write_jsonl
 from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout, for_sampling
 from drift_jax.stages.inputs import (
     DsatSplit,
     Summary,
@@ -40,7 +40,7 @@ def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Pa
         done = {(row["id"], row["sample"]): row for row in journal.rows}
         missing = [r for r in requests if (r.row_id, r.sample) not in done]
         dtype = config.sampling.compute_dtype
-        policy = open_policy(model_dir, build_mesh(config.mesh), dtype, dtype, console)
+        policy = open_policy(model_dir, for_sampling(build_layout(config.mesh)), dtype, dtype, console)
         with stage_progress("sampling", len(missing), "rows", console=console) as bar:
 
             def keep(completions: list[Completion]) -> None:
