@@ -97,6 +97,7 @@ class SamplingConfig:
     max_new_tokens: PositiveInt = 512
     max_input_length: PositiveInt = 2048  # tokens; a longer sampling prompt keeps its END
     batch_size: PositiveInt = 16  # rows decoded together
+    per_host: bool | None = None  # each host samples its share with a whole policy; null: where one fits a host
     compute_dtype: DType = "bfloat16"
     seed: int = 42
 
@@ -141,13 +142,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1: whatever is left."""
+    """Devices per mesh axis, one of which may be -1: whatever is left; and which dims of arrays they split."""
 
     __pydantic_config__ = _FORBID_EXTRA
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
+    strategy: str = "auto"  # the table of rules, see `drift mesh`; auto: that of the axes with several devices
+    rules: dict[str, tuple[str, ...]] = field(default_factory=dict)  # dim: axes that split it, instead of the table's
 
 
 @dataclass(frozen=True)
@@ -302,7 +306,7 @@ def check_config(config: RunConfig) -> None:
             f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation_steps "
             f"({train.accumulation_steps}). A batch of {fitting} would do."
         )
-    sizes = dataclasses.asdict(mesh)
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor", "sequence")}
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         problems.append(f"mesh sizes must be positive and at most one of them -1 (what is left), found {sizes}.")
     if problems:
@@ -359,7 +363,8 @@ def _describe(error: ValidationError) -> list[str]:
     lines: dict[str, None] = {}  # an ordered set: a key of several types has one error for each of them
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"][:2]))
-        union = key in config_keys() and len(problem["loc"]) > 2 and isinstance(problem["loc"][2], str)
+        in_union = len(problem["loc"]) > 2 and isinstance(problem["loc"][2], str) and key != "mesh.rules"
+        union = key in config_keys() and in_union
         lines[_union_line(key, problem["input"]) if union else _line(problem)] = None
     return list(lines)
 

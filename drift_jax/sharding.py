@@ -1,75 +1,176 @@
-"""Sharding as data: logical dims of arrays on one side, mesh axes on the other, one table between them.
+"""Sharding as data: logical dims of arrays on one side, mesh axes on the other, a table of rules between them.
 
-Parameters and activations name their dims with the words of DESIGN (embed, heads, mlp, ...). `RULES` says which
-mesh axis splits which dim; nothing outside this file spells a mesh axis. Splits, collectives and placement are
-XLA's work (GSPMD): the code never sends anything itself.
+Parameters and activations name their dims with the words of DESIGN (embed, heads, mlp, ...). A strategy is a table that
+says which mesh axes split which dim; the config may change single rules of it. Nothing outside this file spells a mesh
+axis. Splits, collectives and placement are XLA's work (GSPMD): the code never sends anything itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first: what talks most (`tensor`, twice a layer) lies on neighbouring devices.
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 Dims = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
 
-# batch is split over `fsdp` as well: an fsdp device holds a part of every weight and computes its own pairs.
-RULES: Rules = {
+# What each axis splits. A strategy is the sum over its axes; where several split one dim, this is their order.
+# * `data`: pairs. Every device of it holds all weights.
+# * `fsdp`: pairs and weights. A device holds a part of every weight, and gathers a layer's when it computes it.
+# * `sequence`: the tokens of a row, for rows too long for one device. Queries stay where they are, keys and values of a
+#   row are gathered; weights are split as over `fsdp`.
+# * `tensor`: heads, the MLP's width and the vocabulary, within one pair (Megatron's way).
+_SPLITS: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "length": ("sequence",),
+    "hidden": (),  # the width of activations
+    "embed": ("fsdp", "sequence"),  # the same dim of weights
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
-    "head_dim": (),
-    "length": (),
-    # Where the vocabulary is cut as finely as it goes, the devices that share it look at each other's rows.
+    # Where a table of the vocabulary meets tokens, the devices that share it see the tokens of all of them: rows are
+    # then split like `rows`, and what is left of `embed` where they are split like `batch` again is `embed_of_batch`.
     "rows": ("data",),
-    "vocab_slice": ("tensor", "fsdp"),
+    "embed_of_batch": ("sequence",),
+    "vocab_slice": ("tensor", "fsdp", "sequence"),
 }
 
-# A tensor axis wider than the number of kv heads keeps every kv head on each device instead of failing: kv
-# heads are few (2 to 8) and small.
-REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads"})
 
-T = TypeVar("T")
+def _split_by(axes: Sequence[str]) -> Rules:
+    return {dim: tuple(axis for axis in split if axis in axes) for dim, split in _SPLITS.items()}
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them) with the axes of `AXES`.
+# One table per set of axes: "fsdp", "data+fsdp", "fsdp+tensor", "fsdp+sequence", ... in the config's order of axes.
+_NAMED_AXES = ("data", "fsdp", "tensor", "sequence")
+STRATEGIES: Mapping[str, Rules] = {
+    "+".join(axes): _split_by(axes) for count in range(1, len(AXES) + 1) for axes in combinations(_NAMED_AXES, count)
+}
+
+# Every activation that the code places, by its dims; rules are checked against these before anything is computed.
+ACTIVATIONS: Mapping[str, Dims] = {
+    "hidden states": ("batch", "length", "hidden"),
+    "queries": ("batch", "length", "heads", "head_dim"),
+    "keys and values": ("batch", None, "kv_heads", "head_dim"),
+    "MLP": ("batch", "length", "mlp"),
+    "embedded tokens": ("rows", None, "embed"),
+    "embedded tokens, by row": ("batch", None, "embed_of_batch"),
+    "logits": ("rows", None, "vocab_slice"),
+}
+
+# What cannot be split evenly of these dims is kept whole on each device instead of refused. Kv heads are few (2 to 8)
+# and small. A table with an odd number of words is padded where it meets tokens, and split there.
+REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "vocab"})
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How arrays lie on devices: a mesh, and the rules by which it splits their dims."""
+
+    mesh: Mesh
+    rules: Rules
+    strategy: str
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    @property
+    def platform(self) -> str:
+        """`jax.Device.platform`: cpu, gpu, tpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices per axis, in the order of the config."""
+        return {axis: self.mesh.shape[axis] for axis in _NAMED_AXES}
+
+    def ways(self, dim: str | None) -> int:
+        """Into how many parts the mesh splits a dim."""
+        return _ways(self.mesh, self.rules, dim)
+
+
+def build_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh and the rules of a config over `devices` (default: all of them).
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices; an unknown strategy, or dim or axis in
+        `mesh.rules`; two dims of one array want the same axis; an axis with several devices splits nothing.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = _fill_sizes(config, len(devices))
+    strategy = config.strategy
+    if strategy == "auto":
+        strategy = "+".join(axis for axis in _NAMED_AXES if sizes[axis] > 1) or "fsdp"
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"mesh.strategy {strategy!r} is not known; choose auto or one of {', '.join(STRATEGIES)}.")
+    rules = _merge_rules(STRATEGIES[strategy], config.rules)
+    used = {axis for axes in rules.values() for axis in axes}
+    for axis, size in sizes.items():
+        if size > 1 and axis not in used:
+            raise ConfigError(
+                f"mesh.strategy {strategy} splits nothing over mesh axis {axis!r}, which has {size} devices: all of "
+                f"them would do the same work. Set mesh.{axis} to 1, or mesh.strategy to auto."
+            )
+    shape = tuple(sizes[axis] for axis in AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Layout(mesh, rules, strategy)
+
+
+def _fill_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices per axis, with what is left in place of -1."""
+    sizes = {axis: getattr(config, axis) for axis in _NAMED_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if any(size == -1 for size in sizes.values()):
-        if len(devices) % fixed:
+        if devices % fixed:
             raise ConfigError(
-                f"mesh {sizes}: {len(devices)} devices cannot be divided by {fixed}. "
+                f"mesh {sizes}: {devices} devices cannot be divided by {fixed}. "
                 "Choose sizes whose product divides the number of devices."
             )
-        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+        sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
         raise ConfigError(
-            f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are here. "
-            "Set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left."
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, {devices} are here. "
+            "Set one of mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence to -1 to take what is left."
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return sizes
 
 
-def to_spec(dims: Dims, rules: Rules = RULES) -> PartitionSpec:
+def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
+    """A strategy's table with the rules of the user in it, checked against all activations."""
+    problems = []
+    for dim, axes in changes.items():
+        if dim not in table:
+            problems.append(f"mesh.rules.{dim}: there is no such dim; known: {', '.join(sorted(table))}.")
+        problems += [
+            f"mesh.rules.{dim}: there is no mesh axis {axis!r}; known: {', '.join(_NAMED_AXES)}."
+            for axis in axes
+            if axis not in AXES
+        ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    rules = {**table, **{dim: tuple(axes) for dim, axes in changes.items()}}
+    for name, dims in ACTIVATIONS.items():
+        to_spec(dims, rules, name)
+    return rules
+
+
+def to_spec(dims: Dims, rules: Rules, name: str = "array") -> PartitionSpec:
     """Logical dims -> mesh axes.
 
     Raises:
@@ -82,12 +183,12 @@ def to_spec(dims: Dims, rules: Rules = RULES) -> PartitionSpec:
             spec.append(None)
             continue
         if dim not in rules:
-            raise ConfigError(f"dim {dim!r} of {dims} is not in the sharding rules; known: {sorted(rules)}.")
+            raise ConfigError(f"{name}: dim {dim!r} of {dims} is not in the sharding rules; known: {sorted(rules)}.")
         for axis in rules[dim]:
             if axis in taken:
                 raise ConfigError(
-                    f"dims {taken[axis]!r} and {dim!r} of {dims} both want mesh axis {axis!r}; "
-                    "an axis can split one dim of an array. Change the rule of one of them."
+                    f"{name}: dims {taken[axis]!r} and {dim!r} of {dims} both want mesh axis {axis!r}; "
+                    f"an axis can split one dim of an array. Change mesh.rules.{dim} or mesh.rules.{taken[axis]}."
                 )
             taken[axis] = dim
         axes = rules[dim]
@@ -95,46 +196,80 @@ def to_spec(dims: Dims, rules: Rules = RULES) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def build_sharding(mesh: Mesh, dims: Dims, shape: Sequence[int], name: str = "array") -> NamedSharding:
+def build_sharding(layout: Layout, dims: Dims, shape: Sequence[int], name: str = "array") -> NamedSharding:
     """The placement of one array, with every split checked to be even.
 
     Raises:
       ConfigError: a dim is not divisible by the devices that split it (both numbers and the remedy).
     """
-    spec = list(to_spec(dims))
+    spec = list(to_spec(dims, layout.rules, name))
     for i, (dim, size, axes) in enumerate(zip(dims, shape, spec, strict=True)):
-        ways = _split_ways(mesh, dim)
+        ways = layout.ways(dim)
         if size % ways == 0:
             continue
         if dim in REPLICATED_WHEN_INDIVISIBLE:
             spec[i] = None
             continue
+        fitting = max(n for n in range(1, ways) if size % n == 0)
         raise ConfigError(
-            f"{name}: dim {dim!r} of size {size} cannot be split {ways} ways (mesh {dict(mesh.shape)}). "
-            f"Choose mesh sizes whose product over {axes!r} divides {size}."
+            f"{name}: dim {dim!r} of size {size} cannot be split {ways} ways (mesh {layout.sizes}). Choose mesh sizes "
+            f"whose product over {axes!r} divides {size}, {fitting} for example, or change mesh.rules.{dim}."
         )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(layout.mesh, PartitionSpec(*spec))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(layout: Layout) -> NamedSharding:
     """The placement of small values that every device holds."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(layout.mesh, PartitionSpec())
 
 
-def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return _split_ways(mesh, "batch")
+def put(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on every process, onto the devices; each process sends what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def for_sampling(layout: Layout) -> Layout:
+    """The same mesh with rows of their own on every device that would share the tokens of a row.
+
+    A decoded token is one place of its row: there is no length to split. Weights stay where they are.
+    """
+    rules = {**layout.rules, "length": (), "batch": (*layout.rules["batch"], *layout.rules["length"])}
+    rules["embed_of_batch"] = tuple(axis for axis in rules["embed"] if axis not in rules["batch"])
+    return replace(layout, rules=rules)
+
+
+# --- in force ----------------------------------------------------------------------------------------------
+
+_rules_in_force: ContextVar[Rules] = ContextVar("rules_in_force")
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout) -> Iterator[None]:
+    """Puts mesh and rules in force for what is traced and run in the block."""
+    token = _rules_in_force.set(layout.rules)
+    try:
+        with jax.set_mesh(layout.mesh):
+            yield
+    finally:
+        _rules_in_force.reset(token)
+
+
+def _in_force() -> Rules:
+    """Of a mesh that was set without a layout, the table of all axes."""
+    return _rules_in_force.get(STRATEGIES["+".join(_NAMED_AXES)])
 
 
 def split_ways(dim: str) -> int:
     """Into how many parts the mesh in force splits a dim; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _split_ways(mesh, dim)
+    return 1 if mesh.empty else _ways(mesh, _in_force(), dim)
 
 
-def _split_ways(mesh: Mesh | AbstractMesh, dim: str | None) -> int:
-    """Into how many parts the mesh splits a dim."""
-    return 1 if dim is None else math.prod(mesh.shape[axis] for axis in RULES[dim])
+def _ways(mesh: Mesh | AbstractMesh, rules: Rules, dim: str | None) -> int:
+    return 1 if dim is None else math.prod(mesh.shape[axis] for axis in rules[dim])
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
@@ -145,9 +280,9 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = list(to_spec(dims))
+    spec = list(to_spec(dims, _in_force()))
     for i, (dim, size) in enumerate(zip(dims, x.shape, strict=True)):
-        if size % _split_ways(mesh, dim):
+        if dim is not None and size % split_ways(dim):
             spec[i] = None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
@@ -163,29 +298,37 @@ def run_per_device(
     if mesh.empty:
         return function(*args)
     sizes = [pair for arg, names in zip(args, dims, strict=True) for pair in zip(names, arg.shape, strict=True)]
-    uneven = {dim for dim, size in sizes if size % _split_ways(mesh, dim)}
-    specs = [to_spec(tuple(None if dim in uneven else dim for dim in names)) for names in (*dims, out_dims)]
+    uneven = {dim for dim, size in sizes if dim is not None and size % split_ways(dim)}
+    rules = _in_force()
+    specs = [to_spec(tuple(None if dim in uneven else dim for dim in names), rules) for names in (*dims, out_dims)]
     # A kernel does not say over which axes its results vary, so that cannot be checked.
     return jax.shard_map(function, in_specs=tuple(specs[:-1]), out_specs=specs[-1], check_vma=False)(*args)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int) -> None:
+# --- checks ------------------------------------------------------------------------------------------------
+
+
+def check_batch(layout: Layout, batch_size: int, accumulation_steps: int) -> None:
     """Raises `ConfigError` when a micro-batch cannot be split evenly over the mesh."""
-    ways = batch_ways(mesh)
+    ways = layout.ways("batch")
     micro = batch_size // accumulation_steps
     if micro % ways:
         raise ConfigError(
             f"train.batch_size ({batch_size}) / train.accumulation_steps ({accumulation_steps}) = {micro} pairs "
-            f"cannot be split over {ways} devices (mesh {dict(mesh.shape)}: data x fsdp). "
+            f"cannot be split over {ways} devices (mesh {layout.sizes}: {_axes_of(layout, 'batch')}). "
             f"Make train.batch_size a multiple of {ways * accumulation_steps}, or change the mesh."
         )
 
 
-def check_sampling_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises `ConfigError` when the rows that are decoded together cannot be split evenly over the mesh."""
-    ways = batch_ways(mesh)
+def check_sampling_batch(layout: Layout, batch_size: int) -> None:
+    """Raises `ConfigError` when the rows that are decoded together cannot be split evenly; layout of `for_sampling`."""
+    ways = layout.ways("batch")
     if batch_size % ways:
         raise ConfigError(
             f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
-            f"(mesh {dict(mesh.shape)}: data x fsdp). Make it a multiple of {ways}, or change the mesh."
+            f"(mesh {layout.sizes}: {_axes_of(layout, 'batch')}). Make it a multiple of {ways}, or change the mesh."
         )
+
+
+def _axes_of(layout: Layout, dim: str) -> str:
+    return " x ".join(layout.rules[dim]) or "no axis"

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from drift_jax.config import TrainConfig
@@ -39,7 +38,7 @@ from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
 from drift_jax.models.stack import resolve_scan
 from drift_jax.optim import apply_gradients, build_optimizer, build_schedule
-from drift_jax.sharding import constrain, replicated
+from drift_jax.sharding import Layout, constrain, put, replicated, use_layout
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -219,31 +218,31 @@ class Trainer:
         self,
         graphdef: Any,
         declared: dict[str, Any],
-        mesh: Mesh,
+        layout: Layout,
         config: TrainConfig,
         remat: str,
         total_steps: int,
         attention: str = "auto",
         scan_layers: bool | None = None,
     ) -> None:
-        self.mesh = mesh
-        platform = mesh.devices.flat[0].platform
+        self.layout = layout
+        platform = layout.platform
         backend = resolve_attention(attention, platform)
         optimizer = build_optimizer(config, total_steps)
         schedule = build_schedule(config, total_steps)
-        scan = resolve_scan(scan_layers, remat, platform, mesh.size)
+        scan = resolve_scan(scan_layers, remat, platform, layout.devices)
         self.setup = StepSetup(platform, graphdef, config, remat, scan, backend, optimizer, schedule)
-        self.abstract_state = self._abstract_state(abstract_params(declared, mesh, jnp.dtype(config.master_dtype)))
+        self.abstract_state = self._abstract_state(abstract_params(declared, layout, jnp.dtype(config.master_dtype)))
         # Pinned: a state that came back placed differently would be compiled for a second time.
         placement = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.jitted_step = jax.jit(
-            partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(mesh))
+            partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(layout))
         )
-        self.jitted_score = jax.jit(partial(score_step, self.setup))
+        self.jitted_score = jax.jit(partial(score_step, self.setup), out_shardings=replicated(layout))
 
     def _abstract_state(self, params: dict[str, Any]) -> TrainState:
         """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
-        rest = replicated(self.mesh)
+        rest = replicated(self.layout)
         opt_state = optax.tree.map_params(
             self.setup.optimizer,
             lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
@@ -261,12 +260,12 @@ class Trainer:
 
     def state_at(self, step: int, params: dict[str, Any], opt_state: optax.OptState) -> TrainState:
         """The state after `step` updates, from restored parts."""
-        return TrainState(params, opt_state, jax.device_put(np.int32(step), replicated(self.mesh)))
+        return TrainState(params, opt_state, put(np.int32(step), replicated(self.layout)))
 
     def step(self, state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         """One update. `state` is donated: it cannot be used again."""
-        with jax.set_mesh(self.mesh):
-            return self.jitted_step(state, put_batch(batch, self.mesh))
+        with use_layout(self.layout):
+            return self.jitted_step(state, put_batch(batch, self.layout))
 
     def compiled_shapes(self) -> int:
         """How many programs the update was compiled to: one per row length, no more."""
@@ -295,8 +294,8 @@ class Trainer:
 
         waiting: list[tuple[Int[np.ndarray, "R"], PairScores]] = []
         for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
-            with jax.set_mesh(self.mesh):
-                waiting.append((rows, self.jitted_score(params, put_batch(batch, self.mesh))))
+            with use_layout(self.layout):
+                waiting.append((rows, self.jitted_score(params, put_batch(batch, self.layout))))
             # One batch behind, so that the device always has the next one.
             if len(waiting) > 1:
                 collect(*waiting.pop(0))
@@ -316,13 +315,13 @@ class Trainer:
 
         def send(step: int) -> tuple[int, PairBatch]:
             batch = loader.shuffled(step)
-            return count_tokens(batch), put_batch(batch, self.mesh)
+            return count_tokens(batch), put_batch(batch, self.layout)
 
         ahead = send(first) if first < total_steps else None
         for step in range(first, total_steps):
             assert ahead is not None
             tokens, batch = ahead
-            with jax.set_mesh(self.mesh):
+            with use_layout(self.layout):
                 state, metrics = self.jitted_step(state, batch)
             # The next batch is packed and sent while the device computes this one.
             ahead = send(step + 1) if step + 1 < total_steps else None

@@ -29,12 +29,12 @@ def measure_ours(model: Path, dtype: str, devices: int) -> dict[str, float]:
 
     from drift_jax.config import MeshConfig
     from drift_jax.models.hf import load_params
-    from drift_jax.sharding import build_mesh
+    from drift_jax.sharding import build_layout
     from drift_jax.telemetry import peak_rss_gib
 
     jnp.zeros(1).block_until_ready()
     start_rss, start = peak_rss_gib(), time.monotonic()
-    params = jax.block_until_ready(load_params(model, build_mesh(MeshConfig()), dtype))
+    params = jax.block_until_ready(load_params(model, build_layout(MeshConfig()), dtype))
     seconds = time.monotonic() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**30
     peak = peak_rss_gib()

@@ -55,7 +55,7 @@ from drift_jax.models.published import ARCHITECTURES, write_architecture  # noqa
 from drift_jax.models.qwen import init_params  # noqa: E402
 from drift_jax.plan.flops import forward_flops  # noqa: E402
 from drift_jax.records import Pair, read_dsat, read_pairs  # noqa: E402
-from drift_jax.sharding import build_mesh  # noqa: E402
+from drift_jax.sharding import build_layout  # noqa: E402
 
 SHARED_DATA = REPO.parent / "shared" / "data" / "dsat_real.jsonl"
 SAMPLE_DATA = REPO / "data" / "sample" / "compare.jsonl"
@@ -188,7 +188,7 @@ def make_model(shape: str, tokenizer_dir: Path, folder: Path) -> Path:
     for file in tokenizer_dir.glob("*token*"):
         (source / file.name).write_bytes(file.read_bytes())
     write_architecture(shape, source)
-    params = init_params(load_qwen_config(source), 0, build_mesh(MeshConfig(), jax.devices()[:1]))
+    params = init_params(load_qwen_config(source), 0, build_layout(MeshConfig(), jax.devices()[:1]))
     save_hf(params, source, folder / shape, "bfloat16")
     return folder / shape
 

@@ -45,7 +45,7 @@ from drift_jax.errors import DriftError  # noqa: E402
 from drift_jax.models.policy import load_policy  # noqa: E402
 from drift_jax.progress import stage_progress  # noqa: E402
 from drift_jax.records import Pair, pair_to_row, read_pairs  # noqa: E402
-from drift_jax.sharding import build_mesh  # noqa: E402
+from drift_jax.sharding import build_layout  # noqa: E402
 from drift_jax.stages.dpo import build_loader, build_trainer  # noqa: E402
 from drift_jax.stages.reference import RefLogps  # noqa: E402
 from drift_jax.train import host_metrics  # noqa: E402
@@ -183,11 +183,11 @@ def check_same_ids(theirs: Any, ours: Sequence[TokenizedPair], max_length: int) 
 
 def run_ours(comparison: Comparison, model_dir: Path) -> Rows:
     """One row of metrics an update, from the step that `drift train` runs."""
-    config, mesh = comparison.config, build_mesh(comparison.config.mesh, jax.devices()[:1])
-    trainer = build_trainer(config, model_dir, mesh, comparison.steps)
-    params = load_policy(model_dir, mesh, config.model.compute_dtype).params
-    scores = trainer.score_pairs(params, build_loader(config, mesh, comparison.tokenized), as_trained=True)
-    loader = build_loader(config, mesh, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
+    config, layout = comparison.config, build_layout(comparison.config.mesh, jax.devices()[:1])
+    trainer = build_trainer(config, model_dir, layout, comparison.steps)
+    params = load_policy(model_dir, layout, config.model.compute_dtype).params
+    scores = trainer.score_pairs(params, build_loader(config, layout, comparison.tokenized), as_trained=True)
+    loader = build_loader(config, layout, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
     with stage_progress("drift_jax", comparison.steps, "updates", console=Console(stderr=True)) as bar:
         rows = []
         for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, comparison.steps):

@@ -21,7 +21,7 @@ from drift_jax.config import MeshConfig  # noqa: E402
 from drift_jax.models.architecture import qwen_config_from_hf  # noqa: E402
 from drift_jax.models.hf import save_hf  # noqa: E402
 from drift_jax.models.qwen import init_params  # noqa: E402
-from drift_jax.sharding import build_mesh  # noqa: E402
+from drift_jax.sharding import build_layout  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -65,8 +65,8 @@ def make_tiny_model(out: Path) -> None:
     )
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}) + "\n")
     (source / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    save_hf(init_params(qwen_config_from_hf(config), 0, mesh), source, out, "float32")
+    layout = build_layout(MeshConfig(), jax.devices()[:1])
+    save_hf(init_params(qwen_config_from_hf(config), 0, layout), source, out, "float32")
     shutil.rmtree(source)
     print(f"wrote {out}")
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from drift_jax.models import triton
+from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.intervals import KeyIntervals
 from tests.tiny_pairs import build_tiny_policy
 

@@ -12,10 +12,11 @@ import pytest
 from drift_jax.checkpoint import Checkpointer
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairLoader
+from drift_jax.data.packing import Split
 from drift_jax.errors import StageError
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.qwen import declare_qwen, init_params
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout
 from drift_jax.train import Trainer, TrainState
 from tests.full_disk import full_disk  # noqa: F401
 from tests.tiny_models import VOCAB
@@ -27,11 +28,11 @@ CONFIG = TrainConfig(batch_size=8, optimizer="adamw", learning_rate=1e-3)
 
 def make_trainer(sizes: tuple[int, int, int]) -> Trainer:
     devices = jax.devices()[: int(np.prod(sizes))]
-    return Trainer(*declare_qwen(QWEN), build_mesh(MeshConfig(*sizes), devices), CONFIG, "none", 8)
+    return Trainer(*declare_qwen(QWEN), build_layout(MeshConfig(*sizes), devices), CONFIG, "none", 8)
 
 
 def make_loader(ways: int = 1) -> PairLoader:
-    return PairLoader(random_pairs(24), np.full((24, 2), -90.0), 8, 1, max_length=128, seed=1, ways=ways)
+    return PairLoader(random_pairs(24), np.full((24, 2), -90.0), 8, 1, max_length=128, seed=1, split=Split(ways))
 
 
 def save(checkpointer: Checkpointer, state: TrainState) -> None:
@@ -55,7 +56,7 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 1)])
 def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
     trainer = make_trainer((1, 8, 1))
-    state = trainer.init_state(init_params(QWEN, 0, trainer.mesh))
+    state = trainer.init_state(init_params(QWEN, 0, trainer.layout))
     for _ in range(2):
         state, _ = trainer.step(state, make_loader(ways=8).shuffled(int(state.step)))
     with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
@@ -67,7 +68,7 @@ def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, 
         restored = restore(checkpointer, other, 2)
     assert_equal(restored, state)
     table = restored.params["embed"]
-    assert table.sharding.mesh.shape == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert table.sharding.mesh.shape == other.layout.mesh.shape
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
@@ -77,10 +78,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
         return [after for after, *_ in trainer.fit(state, make_loader(), until)][-1]
 
     whole = make_trainer((1, 1, 1))
-    expected = go_on(whole, whole.init_state(init_params(QWEN, 0, whole.mesh)), 5)
+    expected = go_on(whole, whole.init_state(init_params(QWEN, 0, whole.layout)), 5)
     first = make_trainer((1, 1, 1))
     with Checkpointer(tmp_path / "c", keep=1) as checkpointer:
-        save(checkpointer, go_on(first, first.init_state(init_params(QWEN, 0, first.mesh)), 2))
+        save(checkpointer, go_on(first, first.init_state(init_params(QWEN, 0, first.layout)), 2))
     second = make_trainer((1, 1, 1))
     with Checkpointer(tmp_path / "c", keep=1) as checkpointer:
         resumed = go_on(second, restore(checkpointer, second, 2), 5)

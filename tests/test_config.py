@@ -29,6 +29,7 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGE = Path(drift_jax.__file__).parent
 
 # The contract with users. A change here needs a line in CHANGELOG.md, and a reason.
+AXES = ("data", "fsdp", "tensor", "sequence")
 KEYS = """
 run_dir
 model.path model.revision model.compute_dtype model.remat model.scan_layers model.attention model.pad_embedding
@@ -37,7 +38,8 @@ data.dsat data.seed_train data.seed_test data.test_rows data.max_rows data.max_l
 data.template data.eos data.truncation data.on_bad_row
 recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
-sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.compute_dtype sampling.seed
+sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.per_host
+sampling.compute_dtype sampling.seed
 train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_tokens train.group_size
 train.epochs train.max_steps train.batch_size
 train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate
@@ -46,7 +48,7 @@ train.warmup_ratio train.warmup_steps train.max_grad_norm train.weight_decay
 train.adam_beta1 train.adam_beta2 train.adam_epsilon
 train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype
 train.eval_every train.seed
-mesh.data mesh.fsdp mesh.tensor
+mesh.data mesh.fsdp mesh.tensor mesh.sequence mesh.strategy mesh.rules
 checkpoint.every_steps checkpoint.keep
 export.dtype export.max_shard_gib
 tracking.log_every tracking.trackers tracking.project
@@ -321,7 +323,7 @@ class KeyReads(ast.NodeVisitor):
         # sharding.py reads the axes of the mesh by name: getattr(config, axis) for axis in AXES.
         by_name = isinstance(node.func, ast.Name) and node.func.id == "getattr"
         if by_name and "mesh" in self._sections(node.args[0]):
-            self.found.update(key for key in KEYS if key.startswith("mesh."))
+            self.found.update(f"mesh.{axis}" for axis in AXES)
         self.generic_visit(node)
 
 
@@ -345,7 +347,7 @@ def package_sources() -> Iterator[str]:
         ("class A:\n  c: SamplingConfig\n  def f(self): return self.c.seed", {"sampling.seed"}),
         ("class A:\n  def f(self, c: SamplingConfig): self.s = c\n  def g(self): return self.s.n", {"sampling.n"}),
         ("def f(c: RunConfig): return c.run_dir", {"run_dir"}),
-        ("def f(c: MeshConfig): return [getattr(c, a) for a in AXES]", {"mesh.data", "mesh.fsdp", "mesh.tensor"}),
+        ("def f(c: MeshConfig): return [getattr(c, a) for a in AXES]", {f"mesh.{axis}" for axis in AXES}),
         ("def f(c: SamplingConfig): return c.seed", {"sampling.seed"}),  # and not train.seed
         ("def f(other): return other.seed + other.beta", set()),
         ("x = 'train.beta'", set()),

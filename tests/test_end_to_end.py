@@ -16,7 +16,7 @@ from drift_jax.models.policy import load_policy
 from drift_jax.records import Message
 from drift_jax.sampling.base import SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 @pytest.mark.demo
 def test_the_demo_model_knows_the_capital_of_france(demo_model_dir: Path) -> None:
     tokenizer = load_tokenizer(demo_model_dir)
-    policy = load_policy(demo_model_dir, build_mesh(MeshConfig(), jax.devices()[:1]), "float32")
+    policy = load_policy(demo_model_dir, build_layout(MeshConfig(), jax.devices()[:1]), "float32")
     params = SamplingParams(0.0, 1.0, 0, 16, 0, tokenizer.eos_ids, tokenizer.vocab_size)
     prompt = tuple(tokenizer.encode_chat([Message("user", "What is the capital of France?")]))
     (completion,) = LocalSampler(policy, 1).sample([SampleRequest("france", 0, prompt)], params)

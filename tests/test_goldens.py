@@ -17,7 +17,7 @@ from drift_jax.data.rules import build_rules
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
 from drift_jax.records import read_pairs
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout, use_layout
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.stages.reference import RefLogps
 from drift_jax.train import host_metrics, loss_and_grads
@@ -41,12 +41,12 @@ def test_one_step_equals_the_golden(kind: str) -> None:
     pairs = load_pairs(golden["pairs"])
     train = {"batch_size": len(pairs), **golden["objective"]}
     config = build_config({"run_dir": "unused", "model": MODEL, "train": train})
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    trainer, params = build_trainer(config, GOLDENS / kind, mesh, 1), load_params(GOLDENS / kind, mesh)
+    layout = build_layout(MeshConfig(), jax.devices()[:1])
+    trainer, params = build_trainer(config, GOLDENS / kind, layout, 1), load_params(GOLDENS / kind, layout)
     ref = np.array(golden["ref_logps"])
-    loader = build_loader(config, mesh, pairs, RefLogps(ref, np.zeros_like(ref)))
-    with jax.set_mesh(mesh):
-        batch = put_batch(loader.shuffled(0), mesh)
+    loader = build_loader(config, layout, pairs, RefLogps(ref, np.zeros_like(ref)))
+    with use_layout(layout):
+        batch = put_batch(loader.shuffled(0), layout)
         metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, batch)
     expected, ours, qwen = golden["values"][kind], host_metrics(metrics), load_qwen_config(GOLDENS / kind)
     message = SUSPECT + str(golden["made_with"])
@@ -85,12 +85,12 @@ def test_one_update_of_a_preset_equals_the_golden(name: str, tmp_path: Path) -> 
         for pair in read_pairs(rows).records
     ]
     ref = np.array(PRESETS["ref_logps"])
-    mesh, qwen = build_mesh(MeshConfig(), jax.devices()[:1]), load_qwen_config(GOLDENS / "qwen2")
-    trainer, params = build_trainer(config, GOLDENS / "qwen2", mesh, 1), load_params(GOLDENS / "qwen2", mesh)
-    batch = build_loader(config, mesh, pairs, RefLogps(ref, np.zeros_like(ref))).shuffled(0)
+    layout, qwen = build_layout(MeshConfig(), jax.devices()[:1]), load_qwen_config(GOLDENS / "qwen2")
+    trainer, params = build_trainer(config, GOLDENS / "qwen2", layout, 1), load_params(GOLDENS / "qwen2", layout)
+    batch = build_loader(config, layout, pairs, RefLogps(ref, np.zeros_like(ref))).shuffled(0)
     before = jax.tree.map(np.asarray, params)
-    with jax.set_mesh(mesh):
-        _, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, mesh))
+    with use_layout(layout):
+        _, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, layout))
     state, metrics = trainer.step(trainer.init_state(params), batch)
     moved = jax.tree.map(lambda new, old: new - old, state.params, before)
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.optim import build_optimizer, clip_by_global_norm
 from drift_jax.rounding import StochasticMomentsState, stochastic_moments, stochastic_rounding
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout
 from tests.test_rounding import bits, neighbours, run, tree
 
 BF16 = jnp.bfloat16
@@ -204,9 +204,9 @@ def test_the_mesh_changes_no_bit(cfg: TrainConfig) -> None:
     other = run(build_optimizer(dataclasses.replace(cfg, seed=7), 30), tree(0, dtype), grads)
     assert bits(expected[1]) != bits(other[1])
     for sizes in ((1, 8, 1), (2, 2, 2)):
-        mesh = build_mesh(MeshConfig(*sizes))
+        layout = build_layout(MeshConfig(*sizes))
         specs = {"stack": (None, "fsdp", "tensor"), "table": (("data", "tensor"), "fsdp"), "scale": ("fsdp",)}
-        placement = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
+        placement = {name: NamedSharding(layout.mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
         params = jax.device_put(tree(0, dtype), placement)
         split = [jax.device_put(grad, placement) for grad in grads]
         assert bits(run(optimizer, params, split)) == bits(expected)
@@ -248,7 +248,7 @@ def test_weights_and_moments_are_rounded_by_different_bits() -> None:
 @pytest.mark.parametrize("cfg, wanted", [*zip(OPTIMIZERS + ALL_NARROW, (8, 10, 6, 8), strict=True)], ids=str)
 def test_bytes_per_parameter(cfg: TrainConfig, wanted: int) -> None:
     """Master weight, moments and gradient: 8 bytes with RMSprop where float32 takes 12. Moments lie as weights do."""
-    sharding = NamedSharding(build_mesh(MeshConfig()), PartitionSpec("fsdp"))
+    sharding = NamedSharding(build_layout(MeshConfig()).mesh, PartitionSpec("fsdp"))
 
     def total(cfg: TrainConfig) -> tuple[float, Any]:
         optimizer = build_optimizer(cfg, 10)

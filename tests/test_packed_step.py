@@ -22,7 +22,7 @@ from drift_jax.models.attention import AttentionBackend, attend
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
 from drift_jax.models.intervals import KeyIntervals, KeySpans
 from drift_jax.models.qwen import declare_qwen
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout, use_layout
 from drift_jax.train import MicroBatch, Trainer, arrange, host_metrics, loss_and_grads
 from tests.plain_step import PlainScores, plain_batch, plain_step
 from tests.tiny_models import VOCAB, build_tiny_model
@@ -47,15 +47,15 @@ class Scene(NamedTuple):
 
 @pytest.fixture(scope="module")
 def build_scene(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Scene]:
-    folder, mesh = tmp_path_factory.mktemp("policy"), build_mesh(MeshConfig(), jax.devices()[:1])
+    folder, layout = tmp_path_factory.mktemp("policy"), build_layout(MeshConfig(), jax.devices()[:1])
 
     @cache
     def build(kind: str, config: TrainConfig = CONFIG) -> Scene:
         model_dir = build_tiny_model(folder / kind, kind, tied=kind == "qwen2", num_hidden_layers=2)
         declared = declare_qwen(load_qwen_config(model_dir))
-        trainer = Trainer(*declared, mesh, config, "layer", total_steps=10)
+        trainer = Trainer(*declared, layout, config, "layer", total_steps=10)
         packed = jax.jit(partial(loss_and_grads, trainer.setup))
-        return Scene(trainer, load_params(model_dir, mesh), packed, plain_step(declared[0], config), model_dir)
+        return Scene(trainer, load_params(model_dir, layout), packed, plain_step(declared[0], config), model_dir)
 
     return build
 
@@ -82,8 +82,8 @@ def reference_near(scene: Scene, pairs: list[TokenizedPair], seed: int) -> np.nd
 
 
 def run_packed(scene: Scene, batch: PairBatch) -> tuple[dict[str, float], dict[str, Any]]:
-    with jax.set_mesh(scene.trainer.mesh):
-        metrics, grads = scene.packed(scene.params, put_batch(batch, scene.trainer.mesh))
+    with use_layout(scene.trainer.layout):
+        metrics, grads = scene.packed(scene.params, put_batch(batch, scene.trainer.layout))
     return host_metrics(metrics), grads
 
 

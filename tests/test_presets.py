@@ -22,12 +22,13 @@ from drift_jax.data.prompts import PROMPT_STYLES
 from drift_jax.data.rules import END_RULES, TEMPLATES, TRUNCATIONS, build_rules
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import ConfigError
+from drift_jax.files import write_jsonl
 from drift_jax.losses import NLL_REDUCTIONS, NLL_TOKENS
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import load_params
 from drift_jax.presets import CHOICES, PRESETS, preset_values
-from drift_jax.records import Pair, pair_to_row, read_pairs, write_jsonl
-from drift_jax.sharding import build_mesh
+from drift_jax.records import Pair, pair_to_row, read_pairs
+from drift_jax.sharding import build_layout
 from drift_jax.stages.dpo import TrainJob, build_loader, build_trainer, train_stage
 from drift_jax.stages.reference import RefLogps
 from drift_jax.telemetry import read_metrics
@@ -143,7 +144,7 @@ def test_tokens_equal_those_of_old_trl(
     ours = tokenize_all(pairs, config, model_dir)
     hf = PreTrainedTokenizerFast.from_pretrained(model_dir)
     theirs = [old_trl.tokenize(pair_to_row(pair), hf, STACKS[truncation], s) for pair in pairs]
-    loader = build_loader(config, build_mesh(config.mesh, jax.devices()[:1]), ours)
+    loader = build_loader(config, build_layout(config.mesh, jax.devices()[:1]), ours)
     for step in range(loader.steps_per_epoch):
         sides = unpack(loader.shuffled(step))
         order = epoch_order(len(pairs), config.train.seed, 0)[step * 8 :][:8]
@@ -185,12 +186,12 @@ def unpack(batch: PairBatch) -> dict[tuple[int, int], tuple[list[int], list[int]
 
 
 def train_ours(config: RunConfig, pairs: list[Pair], model_dir: Path) -> list[dict[str, float]]:
-    mesh = build_mesh(config.mesh, jax.devices()[:1])
+    layout = build_layout(config.mesh, jax.devices()[:1])
     steps = config.train.max_steps or 1
-    trainer, params = build_trainer(config, model_dir, mesh, steps), load_params(model_dir, mesh)
+    trainer, params = build_trainer(config, model_dir, layout, steps), load_params(model_dir, layout)
     tokenized = tokenize_all(pairs, config, model_dir)
-    scores = trainer.score_pairs(params, build_loader(config, mesh, tokenized), as_trained=True)
-    loader = build_loader(config, mesh, tokenized, RefLogps(scores.logps, scores.last_logps))
+    scores = trainer.score_pairs(params, build_loader(config, layout, tokenized), as_trained=True)
+    loader = build_loader(config, layout, tokenized, RefLogps(scores.logps, scores.last_logps))
     return [host_metrics(m) for _, _, m, _ in trainer.fit(trainer.init_state(params), loader, steps)]
 
 
@@ -238,7 +239,7 @@ def test_a_stage_computes_what_its_preset_says(short_pairs: list[Pair], model_di
     write_jsonl(tmp_path / "pairs.jsonl", map(pair_to_row, short_pairs))
     job = TrainJob(model_dir, model_dir, tmp_path / "pairs.jsonl", None, tmp_path / "out", epochs=1.0)
     mesh = MeshConfig(1, 1, 1)
-    with patch("drift_jax.stages.dpo.build_mesh", lambda _: build_mesh(mesh, jax.devices()[:1])):
+    with patch("drift_jax.stages.dpo.build_layout", lambda _: build_layout(mesh, jax.devices()[:1])):
         train_stage(config, job, Console(quiet=True))
     theirs = train_theirs(TRL_0_12_2, s, config, short_pairs, model_dir)
     worst, where = largest_difference(theirs, read_metrics(tmp_path / "out"))

@@ -29,7 +29,7 @@ from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.intervals import KeyIntervals
 from drift_jax.models.logps import Tile, choose_tile
 from drift_jax.models.qwen import declare_qwen
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import Layout, build_layout, use_layout
 from drift_jax.train import MicroBatch, PairScores, Trainer, arrange, host_metrics, loss_and_grads
 from tests.tiny_models import VOCAB, build_tiny_model
 
@@ -93,16 +93,16 @@ class Scorer:
     """One tiny model; its programs are compiled once."""
 
     def __init__(self, model_dir: Path) -> None:
-        self.mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+        self.layout = build_layout(MeshConfig(), jax.devices()[:1])
         self.declared = declare_qwen(load_qwen_config(model_dir))
-        self.params = load_params(model_dir, self.mesh)
+        self.params = load_params(model_dir, self.layout)
         self.trainers: dict[Any, Trainer] = {}
         setup = self.build_trainer(BACKENDS["xla"]).setup
         self._metrics = jax.jit(lambda params, batch: loss_and_grads(setup, params, batch)[0])
 
     def build_trainer(self, backend: AttentionBackend) -> Trainer:
         with patch("drift_jax.train.resolve_attention", lambda *_: backend):
-            return Trainer(*self.declared, self.mesh, CONFIG, "none", total_steps=10)
+            return Trainer(*self.declared, self.layout, CONFIG, "none", total_steps=10)
 
     def score(
         self,
@@ -130,8 +130,8 @@ class Scorer:
     def step(self, pairs: list[TokenizedPair], ref_logps: np.ndarray) -> dict[str, float]:
         """Metrics of an update of one to four pairs, filled up to four, in micro-batches of one or two rows of 128."""
         batch = PairLoader(pairs, ref_logps, 4, 1, max_length=512, tokens_per_device=256).shuffled(0)
-        with jax.set_mesh(self.mesh):
-            return host_metrics(self._metrics(self.params, put_batch(batch, self.mesh)))
+        with use_layout(self.layout):
+            return host_metrics(self._metrics(self.params, put_batch(batch, self.layout)))
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])

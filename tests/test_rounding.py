@@ -20,7 +20,7 @@ from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.errors import ConfigError
 from drift_jax.optim import build_optimizer, build_schedule
 from drift_jax.rounding import StochasticRoundingState, stochastic_round, stochastic_rounding
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout
 from tests.test_optim import torch_run
 
 BF16 = jnp.bfloat16
@@ -268,9 +268,9 @@ def test_the_mesh_changes_no_bit(cfg: TrainConfig) -> None:
     expected = run(optimizer, tree(0, BF16), grads)
     assert bits(expected[0]) != bits(tree(0, BF16))
     for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
-        mesh = build_mesh(MeshConfig(*sizes))
+        layout = build_layout(MeshConfig(*sizes))
         specs = {"stack": (None, "fsdp", "tensor"), "table": (("data", "tensor"), "fsdp"), "scale": ("fsdp",)}
-        placement = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
+        placement = {name: NamedSharding(layout.mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
         params = jax.device_put(tree(0, BF16), placement)
         split = [jax.device_put(grad, placement) for grad in grads]
         assert bits(run(optimizer, params, split)) == bits(expected)
@@ -308,7 +308,7 @@ def test_bits_differ_by_seed_update_and_leaf() -> None:
 
 def test_moments_are_float32_and_lie_where_the_parameters_lie() -> None:
     """As in `Trainer`: `optax.tree.map_params` must find the moments through the wrapper."""
-    sharding = NamedSharding(build_mesh(MeshConfig()), PartitionSpec("fsdp"))
+    sharding = NamedSharding(build_layout(MeshConfig()).mesh, PartitionSpec("fsdp"))
     params = {"w": jax.ShapeDtypeStruct((16, 4), BF16, sharding=sharding)}
     for cfg, moments in zip(CONFIGS, (1, 2), strict=True):
         optimizer = build_optimizer(cfg, 10)

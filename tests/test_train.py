@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from drift_jax.config import MeshConfig, TrainConfig
-from drift_jax.data.batches import PairBatch, PairLoader, put_batch
+from drift_jax.data.batches import PairBatch, PairLoader, batch_split, put_batch
+from drift_jax.data.packing import Split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import ConfigError, StageError
 from drift_jax.guards import check_first_loss, check_params_changed
 from drift_jax.models.attention import BACKENDS
 from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
 from drift_jax.models.qwen import declare_qwen
-from drift_jax.sharding import batch_ways, build_mesh, check_batch
+from drift_jax.sharding import build_layout, check_batch, use_layout
 from drift_jax.train import Trainer, arrange, evaluate_scores, host_metrics, loss_and_grads, micro_batch
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs
@@ -37,25 +38,25 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def make_trainer(
     model_dir: Path,
-    sizes: tuple[int, int, int] = (1, 1, 1),
+    sizes: tuple[int, ...] = (1, 1, 1),
     config: TrainConfig = CONFIG,
     scan_layers: bool | None = None,
 ) -> tuple[Trainer, dict[str, Any]]:
-    mesh = build_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    layout = build_layout(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     declared = declare_qwen(load_qwen_config(model_dir))
-    trainer = Trainer(*declared, mesh, config, "layer", total_steps=10, scan_layers=scan_layers)
-    return trainer, load_params(model_dir, mesh)
+    trainer = Trainer(*declared, layout, config, "layer", total_steps=10, scan_layers=scan_layers)
+    return trainer, load_params(model_dir, layout)
 
 
 def make_loader(pairs: list[TokenizedPair], accumulation: int = 1, batch_size: int = 8, **packing: Any) -> PairLoader:
-    """`packing`: ways, tokens_per_device."""
+    """`packing`: split, tokens_per_device."""
     ref = -np.random.default_rng(5).uniform(50, 60, (len(pairs), 2))
     return PairLoader(pairs, ref, batch_size, accumulation, max_length=128, seed=3, **packing)
 
 
 def compute(trainer: Trainer, params: dict[str, Any], batch: PairBatch) -> tuple[dict[str, float], dict[str, Any]]:
-    with jax.set_mesh(trainer.mesh):
-        metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, trainer.mesh))
+    with use_layout(trainer.layout):
+        metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, trainer.layout))
     return host_metrics(metrics), grads
 
 
@@ -93,17 +94,20 @@ def test_a_token_that_is_not_counted_is_seen(model_dir: Path) -> None:
 
 @pytest.mark.mesh
 @pytest.mark.parametrize("tokens", [None, 128])
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1), (1, 2, 2, 2), (1, 2, 4, 1), (2, 1, 1, 4)],
+)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(
-    model_dir: Path, sizes: tuple[int, int, int], tokens: int | None
+    model_dir: Path, sizes: tuple[int, int, int, int], tokens: int | None
 ) -> None:
-    """In the loader's rows for that mesh, with a budget of its own or the least there can be."""
+    """(data, fsdp, tensor, sequence), in the loader's rows for that mesh, with a budget or the least there can be."""
     pairs = random_pairs(8)
     expected, expected_grads = compute(*make_trainer(model_dir), make_loader(pairs).shuffled(0))
     trainer, params = make_trainer(model_dir, sizes)
-    ways = batch_ways(trainer.mesh)
-    batch = make_loader(pairs, ways=ways, tokens_per_device=tokens).shuffled(0)
-    assert batch.ids.shape[1] % ways == 0
+    split = batch_split(trainer.layout)
+    batch = make_loader(pairs, split=split, tokens_per_device=tokens).shuffled(0)
+    assert batch.ids.shape[1] % split.rows == 0 and batch.ids.shape[2] % (128 * split.tokens) == 0
     metrics, grads = compute(trainer, params, batch)
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert max(relative_errors(grads, expected_grads)) < 1e-5
@@ -115,13 +119,13 @@ def test_layers_may_be_unrolled(model_dir: Path, sizes: tuple[int, int, int]) ->
     """The same update from a program with the products of every layer."""
     pairs = random_pairs(8)
     trainer, params = make_trainer(model_dir, sizes)
-    batch = make_loader(pairs, ways=batch_ways(trainer.mesh)).shuffled(0)
+    batch = make_loader(pairs, split=batch_split(trainer.layout)).shuffled(0)
     expected, expected_grads = compute(trainer, params, batch)
     unrolled, _ = make_trainer(model_dir, sizes, scan_layers=False)
     metrics, grads = compute(unrolled, params, batch)
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert max(relative_errors(grads, expected_grads)) < 1e-5
-    with jax.set_mesh(trainer.mesh):
+    with use_layout(trainer.layout):
         products = [
             jax.jit(partial(loss_and_grads, one.setup)).lower(params, batch).as_text().count("stablehlo.dot_general")
             for one in (trainer, unrolled)
@@ -133,7 +137,9 @@ def test_layers_may_be_unrolled(model_dir: Path, sizes: tuple[int, int, int]) ->
 @pytest.mark.parametrize("ways", [1, 2, 4])
 def test_rows_that_a_kernel_turns_round_are_found_again(ways: int) -> None:
     """The states that predict: of the same tokens, on each device of several rows."""
-    batch = make_loader(random_pairs(64, longest=20), batch_size=64, ways=ways, tokens_per_device=256).shuffled(0)
+    batch = make_loader(random_pairs(64, longest=20), batch_size=64, split=Split(ways), tokens_per_device=256).shuffled(
+        0
+    )
     micro = micro_batch(jax.tree.map(jnp.asarray, batch), jnp.int32(0))
     turned, _ = arrange(BACKENDS["triton"], micro)
     assert micro.ids.shape[0] >= 2 * ways
@@ -181,7 +187,7 @@ def test_no_retrace_after_the_first_step_of_each_shape(model_dir: Path) -> None:
     pairs = random_pairs(32, longest=30)
     pairs += [dataclasses.replace(pairs[0], id="long", chosen_ids=np.full(220, 5, np.int32))]
     trainer, params = make_trainer(model_dir, (2, 2, 2))
-    loader = make_loader(pairs, ways=batch_ways(trainer.mesh), tokens_per_device=128)
+    loader = make_loader(pairs, split=batch_split(trainer.layout), tokens_per_device=128)
     state = trainer.init_state(params)
     seen = set()
     for step in range(2 * loader.steps_per_epoch):
@@ -245,10 +251,10 @@ def test_evaluation_equals_the_metrics_of_a_step(model_dir: Path) -> None:
 
 
 def test_bfloat16_compute_keeps_float32_weights_that_move(model_dir: Path) -> None:
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    layout = build_layout(MeshConfig(), jax.devices()[:1])
     declared = declare_qwen(load_qwen_config(model_dir), jnp.bfloat16)
-    trainer = Trainer(*declared, mesh, dataclasses.replace(CONFIG, learning_rate=5e-7), "layer", 10)
-    params = load_params(model_dir, mesh)
+    trainer = Trainer(*declared, layout, dataclasses.replace(CONFIG, learning_rate=5e-7), "layer", 10)
+    params = load_params(model_dir, layout)
     before = jax.tree.map(np.asarray, params)
     state, _ = trainer.step(trainer.init_state(params), make_loader(random_pairs(8)).shuffled(0))
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
@@ -259,10 +265,10 @@ def test_bfloat16_compute_keeps_float32_weights_that_move(model_dir: Path) -> No
 def test_the_first_loss_is_ln_2_in_bfloat16(model_dir: Path) -> None:
     """As near as its roundings allow: the reference pass and the step are two programs; a wrong reference is seen."""
     pairs = random_pairs(6, seed=2) + random_pairs(6, seed=3, longest=180)
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    layout = build_layout(MeshConfig(), jax.devices()[:1])
     config = dataclasses.replace(CONFIG, batch_size=4)
-    trainer = Trainer(*declare_qwen(load_qwen_config(model_dir), jnp.bfloat16), mesh, config, "layer", 10)
-    params = load_params(model_dir, mesh)
+    trainer = Trainer(*declare_qwen(load_qwen_config(model_dir), jnp.bfloat16), layout, config, "layer", 10)
+    params = load_params(model_dir, layout)
     loader = PairLoader(pairs, np.zeros((len(pairs), 2)), 4, 1, max_length=512, seed=3)
     ref = trainer.score_pairs(params, loader, as_trained=True).logps
     loader = dataclasses.replace(loader, ref_logps=ref)
@@ -282,7 +288,7 @@ def test_bfloat16_masters_move_and_do_not_depend_on_the_mesh(model_dir: Path) ->
     seen: list[Any] = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         trainer, params = make_trainer(model_dir, sizes, config)
-        batch = make_loader(random_pairs(8), ways=batch_ways(trainer.mesh)).shuffled(0)
+        batch = make_loader(random_pairs(8), split=batch_split(trainer.layout)).shuffled(0)
         before = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), params)
         params = jax.tree.map(lambda x, like: jax.device_put(like, x.sharding), params, before)
         state, metrics = trainer.step(trainer.init_state(params), batch)
@@ -309,7 +315,7 @@ def test_weights_that_an_update_cannot_reach_stop_the_stage(model_dir: Path) -> 
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused() -> None:
-    mesh = build_mesh(MeshConfig(2, 4, 1))
-    check_batch(mesh, 16, 2)
+    layout = build_layout(MeshConfig(2, 4, 1))
+    check_batch(layout, 16, 2)
     with pytest.raises(ConfigError, match=r"= 6 pairs cannot be split over 8 devices.*multiple of 16"):
-        check_batch(mesh, 12, 2)
+        check_batch(layout, 12, 2)

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from drift_jax.data.packing import (
+    UNSPLIT,
     BatchShape,
+    Split,
     choose_shape,
     count_micro_batches,
     most_micro_batches,
@@ -28,7 +30,7 @@ from drift_jax.data.packing import (
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import GroupCut
 from drift_jax.models.intervals import KeySpans
-from drift_jax.sharding import Dims, build_sharding
+from drift_jax.sharding import Dims, Layout, build_sharding, put
 
 
 class PairBatch(NamedTuple):
@@ -52,22 +54,27 @@ class PairBatch(NamedTuple):
     micro_batches: Int[Any, ""]
 
 
-_ROWS: Dims = (None, "batch", "length")
+_ROWS: Dims = (None, "batch", None)  # numbers of whole rows, which are turned round and only then split by tokens
 
 
-def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
+def batch_shardings(batch: PairBatch, layout: Layout) -> PairBatch:
     """Placements: rows split over the mesh, the values of pairs on every device."""
 
     def place(array: np.ndarray | np.generic) -> NamedSharding:
         dims = _ROWS if array.ndim == len(_ROWS) else (None,) * array.ndim
-        return build_sharding(mesh, dims, array.shape, name="batch")
+        return build_sharding(layout, dims, array.shape, name="batch")
 
     return jax.tree.map(place, batch)
 
 
-def put_batch(batch: PairBatch, mesh: Mesh) -> PairBatch:
+def batch_split(layout: Layout) -> Split:
+    """Into how many parts a layout splits the rows of a micro-batch, and the tokens of a row."""
+    return Split(layout.ways("batch"), layout.ways("length"))
+
+
+def put_batch(batch: PairBatch, layout: Layout) -> PairBatch:
     """Host arrays -> device arrays."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return jax.tree.map(put, batch, batch_shardings(batch, layout))
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
@@ -92,7 +99,7 @@ class PairLoader:
     group_cut: GroupCut | None = None
     group_size: int = 1
     ref_last_logps: Float[np.ndarray, "N 2"] | None = None  # of the last tokens; needed with `group_cut`
-    ways: int = 1  # into how many parts the mesh splits the rows: `sharding.batch_ways`
+    split: Split = UNSPLIT  # `batch_split` of the layout
     tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
     attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.COSTS`
 
@@ -142,7 +149,7 @@ class PairLoader:
         computed = 0
         for step in range(self.steps_per_epoch):
             lengths = self._lengths(self._rows_of(step))
-            shape = choose_shape(lengths, self.shapes, self.ways, self.attention)
+            shape = choose_shape(lengths, self.shapes, self.split.rows, self.attention)
             computed += count_micro_batches(lengths, shape) * shape.tokens
         return sum(map(pair_tokens, self.pairs)) / computed
 
@@ -155,9 +162,11 @@ class PairLoader:
 
     def _plan(self, batches: Sequence[Int[np.ndarray, "_"]]) -> tuple[BatchShape, ...]:
         lengths = [self._lengths(rows) for rows in batches]
-        per_device = max(1, self.batch_size // self.accumulation_steps // self.ways)
-        budget = self.tokens_per_device or token_budget(self.longest, per_device)
-        return plan_shapes(lengths, self.ways, budget, self.attention)
+        pairs, split = max(1, self.batch_size // self.accumulation_steps // self.split.rows), self.split
+        budget = token_budget(self.longest, pairs, split)
+        if self.tokens_per_device is not None:
+            budget = self.tokens_per_device * split.tokens
+        return plan_shapes(lengths, split, budget, self.attention)
 
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
         """Which completions lose their last token because of their neighbours."""
@@ -175,7 +184,8 @@ class PairLoader:
         self, rows: Int[np.ndarray, "R"], lost_ends: Bool[np.ndarray, "R 2"], shapes: Sequence[BatchShape]
     ) -> PairBatch:
         lengths = self._lengths(rows)
-        shape = choose_shape(lengths, shapes, self.ways, self.attention)
+        ways = self.split.rows
+        shape = choose_shape(lengths, shapes, ways, self.attention)
         ref_logps = np.zeros((self.batch_size, 2), np.float32)
         ref_logps[: len(rows)] = self.ref_logps[rows]
         if self.ref_last_logps is not None:
@@ -183,13 +193,13 @@ class PairLoader:
         packed = pack_rows(lengths, shape.length)
         micro_batches = -(-len(packed) // shape.rows)
         # As many micro-batches as the update could need at most, so that their number is no part of the shape.
-        empty = _empty_rows(most_micro_batches(self.batch_size, self.longest, shape), shape, self.batch_size, self.ways)
+        empty = _empty_rows(most_micro_batches(self.batch_size, self.longest, shape), shape, self.batch_size, ways)
         batch = empty._replace(ref_logps=ref_logps, micro_batches=np.int32(micro_batches))
         batch.real[: len(rows)] = True
         for i, members in enumerate(packed):
             # Dealt out in turn, to the devices too: only the last micro-batch may have empty rows, on all alike.
             micro, turn = divmod(i, shape.rows)
-            row = turn % self.ways * (shape.rows // self.ways) + turn // self.ways
+            row = turn % ways * (shape.rows // ways) + turn // ways
             _fill_row(batch, (micro, row), [(m, self.pairs[rows[m]], lost_ends[m]) for m in members])
         return batch
 

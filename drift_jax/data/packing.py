@@ -57,9 +57,23 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def token_budget(longest: int, pairs_per_device: int) -> int:
-    """Tokens of a micro-batch on one device when none are set: room for its pairs, were all of them the longest."""
-    return min(pairs_per_device * longest, max(longest, _MOST_TOKENS))
+class Split(NamedTuple):
+    """Into how many parts the mesh splits the rows of a micro-batch, and the tokens of a row."""
+
+    rows: int = 1
+    tokens: int = 1
+
+
+UNSPLIT = Split()
+
+
+def token_budget(longest: int, pairs: int, split: Split = UNSPLIT) -> int:
+    """Tokens of a micro-batch where its rows lie when none are set: room for `pairs`, were all of them the longest.
+
+    Args:
+      pairs: of those devices that share the tokens of rows; of one device, if none do.
+    """
+    return min(pairs * longest, max(longest, _MOST_TOKENS * split.tokens))
 
 
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -100,20 +114,20 @@ def most_micro_batches(pairs: int, longest: int, shape: BatchShape) -> int:
 
 
 def plan_shapes(
-    batches: Sequence[Sequence[int]], ways: int, budget: int, attention: str = "splash"
+    batches: Sequence[Sequence[int]], split: Split, budget: int, attention: str = "splash"
 ) -> tuple[BatchShape, ...]:
     """The few shapes with which the updates of a stage cost the least.
 
     Args:
       batches: the lengths of each update's pairs.
-      ways: into how many parts the mesh splits rows; every shape's rows are a multiple of it.
-      budget: tokens of a micro-batch on one device; exceeded only where a pair alone is longer.
+      split: every shape's rows, and its length in blocks of `ROW_MULTIPLE`, are a multiple of it.
+      budget: tokens of a micro-batch where its rows lie, as of `token_budget`; exceeded only where a pair is longer.
       attention: the back end, a key of `COSTS`.
     """
     longest = max(max(lengths) for lengths in batches)
     planned = batches[:: -(-len(batches) // _MOST_PLANNED)]
     extra = COSTS[attention]
-    costs = _tabulate(planned, _candidates(longest, ways, budget, extra), ways, extra)
+    costs = _tabulate(planned, _candidates(longest, split, budget, extra), split.rows, extra)
     # The first shape must take every pair of the stage, those of later epochs' batches included.
     whole = [shape for shape in costs if shape.length >= longest]
     chosen = [min(whole, key=lambda shape: (sum(costs[shape]), -shape.tokens))]
@@ -136,15 +150,16 @@ def choose_shape(
     return min(shapes, key=lambda shape: costs[shape][0])
 
 
-def _candidates(longest: int, ways: int, budget: int, extra: Costs) -> list[BatchShape]:
+def _candidates(longest: int, split: Split, budget: int, extra: Costs) -> list[BatchShape]:
     """Rows of half the longest pair to several pairs; as many as the budget holds, or half as many, or some tokens."""
-    lengths = {round_up(-(-longest * eighths // 8), ROW_MULTIPLE) for eighths in range(4, 9)}
-    lengths |= set(range(round_up(longest, extra.multiple), min(budget, extra.longest) + 1, extra.multiple))
+    least, step = ROW_MULTIPLE * split.tokens, math.lcm(extra.multiple, ROW_MULTIPLE * split.tokens)
+    lengths = {round_up(-(-longest * eighths // 8), least) for eighths in range(4, 9)}
+    lengths |= set(range(round_up(longest, step), min(budget, extra.longest * split.tokens) + 1, step))
     shapes = []
     for length in sorted(lengths, reverse=True):
         most = max(1, budget // length)
-        fewest = min(-(-most // 2), -(-_FEWEST_TOKENS // length))
-        shapes += [BatchShape(ways * count, length) for count in range(most, fewest - 1, -1)]
+        fewest = min(-(-most // 2), -(-_FEWEST_TOKENS * split.tokens // length))
+        shapes += [BatchShape(split.rows * count, length) for count in range(most, fewest - 1, -1)]
     return shapes
 
 

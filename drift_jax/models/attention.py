@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from drift_jax.errors import ConfigError
 from drift_jax.models import splash, triton, xla
-from drift_jax.models.intervals import KeyIntervals
+from drift_jax.models.intervals import KeyIntervals, KeySpans
 from drift_jax.sharding import Dims, run_per_device, split_ways
 
 # Causal attention goes through at most 8 blocks of queries of at least 128. A block looks at no key after its own
@@ -39,28 +39,38 @@ def attend(
     return _attend_causal(query, key, value)
 
 
-def attend_by_kernel(
+def attend_per_device(
     kernel: Callable[..., Float[Array, "B T N H"]],
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    seen: KeyIntervals,
+    seen: xla.PlacedSpans | KeyIntervals,
 ) -> Float[Array, "B T N H"]:
-    """`kernel` on every device for its rows and its heads; each query attends over the keys of its interval.
+    """`kernel(query, key, value, seen)` on every device for its queries, its heads and all keys of its rows.
 
-    Kv heads that the mesh does not divide are repeated until it does: a device then holds those its queries need.
+    Where tokens of a row are split over devices, its keys and values are gathered: they are a few heads, and each
+    device then knows what its queries see. Kv heads that the mesh does not divide are repeated until it does: a device
+    then holds those its queries need.
     """
-    rows: Dims = ("batch", "length", "heads", "head_dim")
-    bounds: Dims = ("batch", "length")
+    queries: Dims = ("batch", "length", "heads", "head_dim")
+    keys: Dims = ("batch", None, "heads", "head_dim")
     heads, kv_heads = query.shape[2], key.shape[2]
     split = math.lcm(kv_heads, split_ways("heads"))
     if heads % split == 0 and split > kv_heads:
         key, value = (jnp.repeat(x, split // kv_heads, axis=2) for x in (key, value))
 
-    def attend_part(query: Array, key: Array, value: Array, start: Array, stop: Array) -> Array:
-        return kernel(query, key, value, KeyIntervals(start, stop))
+    def attend_part(query: Array, key: Array, value: Array, *bounds: Array) -> Array:
+        return kernel(query, key, value, type(seen)(*bounds))
 
-    return run_per_device(attend_part, (query, key, value, *seen), (rows, rows, rows, bounds, bounds), rows)
+    bounds: tuple[Dims, ...] = (("batch", "length"),) * len(seen)
+    return run_per_device(attend_part, (query, key, value, *seen), (queries, keys, keys, *bounds), queries)
+
+
+def attend_by_xla(
+    query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], seen: KeySpans
+) -> Float[Array, "B T N H"]:
+    """Attention over packed rows in plain XLA, on every device for what it has."""
+    return attend_per_device(xla.attend_part, query, key, value, xla.place_spans(seen))
 
 
 # --- back ends ---------------------------------------------------------------------------------------------
@@ -81,9 +91,9 @@ class AttentionBackend:
 
 
 BACKENDS: dict[str, AttentionBackend] = {
-    "xla": AttentionBackend("xla", None, False, xla.attend_spans),
-    "splash": AttentionBackend("splash", "tpu", True, partial(attend_by_kernel, splash.attend)),
-    "triton": AttentionBackend("triton", "gpu", True, partial(attend_by_kernel, triton.attend)),
+    "xla": AttentionBackend("xla", None, False, attend_by_xla),
+    "splash": AttentionBackend("splash", "tpu", True, partial(attend_per_device, splash.attend)),
+    "triton": AttentionBackend("triton", "gpu", True, partial(attend_per_device, triton.attend)),
 }
 _AUTO = {"tpu": "splash", "gpu": "triton"}
 

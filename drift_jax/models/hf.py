@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from drift_jax.errors import ModelError, StageError
 from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
+from drift_jax.sharding import Layout
 
 # What a model directory holds besides weights. config.json is rewritten, the others are copied as they are.
 COMPANION_FILES = (
@@ -126,7 +126,7 @@ def load_qwen_config(model_dir: Path) -> QwenConfig:
 
 
 def load_params(
-    model_dir: Path, mesh: Mesh, dtype: str = "float32", progress: Progress | None = None
+    model_dir: Path, layout: Layout, dtype: str = "float32", progress: Progress | None = None
 ) -> dict[str, Any]:
     """Weights of a Hugging Face directory as `dtype`, each device's part read by itself.
 
@@ -140,7 +140,7 @@ def load_params(
     files = WeightFiles.open(model_dir)
     leaves, treedef = jax.tree.flatten(declared, is_leaf=is_declared)
     _check_tensors(files, leaves, config, model_dir)
-    shardings = jax.tree.leaves(param_shardings(declared, mesh))
+    shardings = jax.tree.leaves(param_shardings(declared, layout))
     total = sum(math.prod(leaf.shape) for leaf in leaves) * np.dtype(dtype).itemsize
     arrays = []
     for leaf, sharding in zip(leaves, shardings, strict=True):

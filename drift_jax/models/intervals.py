@@ -32,7 +32,10 @@ class KeySpans(NamedTuple):
 
 
 class KeyIntervals(NamedTuple):
-    """Query t sees key s when `start[t] <= s < stop[t]`; that always includes t itself, also for padding."""
+    """Query t sees key s when `start[t] <= s < stop[t]`; that always includes t itself, also for padding.
+
+    On a device that has a part of a row's queries, T is the length of that part; keys are counted over the whole row.
+    """
 
     start: Int[Array, "B T"]
     stop: Int[Array, "B T"]
@@ -68,15 +71,15 @@ def place_tokens(values: Int[Array, "B T"], places: Int[Array, "B T"]) -> Int[Ar
     return jax.vmap(lambda row, to: jnp.zeros_like(row).at[to].set(row, unique_indices=True))(values, places)
 
 
-def find_overlap(intervals: KeyIntervals, query_block: int, key_block: int) -> Bool[Array, "B I J"]:
-    """Whether some query of block i sees some key of block j.
+def find_overlap(intervals: KeyIntervals, query_block: int, key_block: int, key_length: int) -> Bool[Array, "B I J"]:
+    """Whether some query of block i sees some key of block j, for rows of `key_length` keys and T of their queries.
 
     Every query sees itself, so what a block of queries sees is one interval: from its first start to its last stop.
     """
-    batch, length = intervals.start.shape
+    batch = len(intervals.start)
     first = intervals.start.reshape(batch, -1, query_block).min(axis=2)[:, :, None]
     last = intervals.stop.reshape(batch, -1, query_block).max(axis=2)[:, :, None]
-    keys = jnp.arange(0, length, key_block)
+    keys = jnp.arange(0, key_length, key_block)
     return (first < keys + key_block) & (last > keys)
 
 

@@ -6,6 +6,7 @@ The logits of some tokens and a block of the vocabulary are made, reduced to num
 backward pass makes them again. In both passes each device holds a slice of the vocabulary and sees the tokens of all
 devices that share the rest (rows are split like dim "rows", the table like "vocab_slice"): what travels is hidden
 states, not the table and its gradient, which with 152k tokens of vocabulary are larger than the tokens of an update.
+A vocabulary that the devices do not divide is filled up with words that do not count.
 """
 
 from __future__ import annotations
@@ -75,10 +76,12 @@ def token_logps(
     dim, (groups, length) = hidden.shape[2], sources.shape
     tile = tile or choose_tile("", groups, head.shape[0])
     chunk, block = min(tile.tokens, length), min(tile.words, head.shape[0])
+    if block == head.shape[0]:
+        block += _missing_words(block)
     padding = -length % chunk
     sources, targets = (jnp.pad(x, ((0, 0), (0, padding))) for x in (sources, targets))
-    hidden = hidden.reshape(groups, -1, dim)
-    states = constrain(jnp.take_along_axis(hidden, sources[..., None], axis=1), "batch", "length", None)
+    hidden = constrain(hidden, "batch", None, None).reshape(groups, -1, dim)
+    states = constrain(jnp.take_along_axis(hidden, sources[..., None], axis=1), "batch", None, None)
     chunks = -(-listed // chunk)
     shape = (groups, sources.shape[1] // chunk, chunk)
     states, targets = states.reshape(*shape, dim), targets.reshape(shape)
@@ -86,21 +89,19 @@ def token_logps(
     return logps.reshape(groups, -1)[:, :length]
 
 
-def _split(vocab: int) -> tuple[str, str]:
-    """How rows and vocabulary are split; a vocabulary that cannot be cut so finely keeps to its usual split."""
-    return ("rows", "vocab_slice") if vocab % split_ways("vocab_slice") == 0 else ("batch", "vocab")
+def _missing_words(vocab: int) -> int:
+    """How many words a table lacks that the mesh in force can cut evenly."""
+    return -vocab % split_ways("vocab_slice")
 
 
-def _table(head: Float[Array, "V D"], dtype: Any) -> Float[Array, "V D"]:
-    return constrain(head.astype(dtype), _split(head.shape[0])[1], None)
+def _table(head: Float[Array, "V D"]) -> Float[Array, "W D"]:
+    """The table as it meets tokens: filled up with zeros, and split over all devices that share the tokens."""
+    return constrain(jnp.pad(head, ((0, _missing_words(head.shape[0])), (0, 0))), "vocab_slice", None)
 
 
-def _logits(states: Float[Array, "G C D"], table: Float[Array, "V D"]) -> Float[Array, "G C V"]:
-    rows, vocab = _split(table.shape[0])
-    logits = jnp.einsum(
-        "rcd,vd->rcv", constrain(states, rows, "length", None), table, preferred_element_type=jnp.float32
-    )
-    return constrain(logits, rows, "length", vocab)
+def _logits(states: Float[Array, "G C D"], table: Float[Array, "W D"]) -> Float[Array, "G C W"]:
+    logits = jnp.einsum("rcd,vd->rcv", constrain(states, "rows", None, None), table, preferred_element_type=jnp.float32)
+    return constrain(logits, "rows", None, "vocab_slice")
 
 
 class _Block(NamedTuple):
@@ -112,14 +113,20 @@ class _Block(NamedTuple):
     new: Any  # bool [W]; True: all of them
 
 
-def _take_block(table: Float[Array, "V D"], index: Int[Array, ""], size: int) -> _Block:
-    """Block `index`; the last one reaches back to be as long as the others. A single block is never sliced."""
-    vocab = table.shape[0]
-    if size == vocab:
-        return _Block(jnp.int32(0), table, jnp.arange(vocab), True)
-    start = jnp.minimum(index * size, vocab - size)
+def _take_block(table: Float[Array, "V D"], vocab: int, index: Int[Array, ""], size: int) -> _Block:
+    """Block `index`; the last one reaches back to be as long as the others. A single block is never sliced.
+
+    Args:
+      vocab: words of the model; the table may have more, to fill it up.
+    """
+    words = table.shape[0]
+    if size == words:
+        ids = jnp.arange(words)
+        return _Block(jnp.int32(0), table, ids, True if words == vocab else ids < vocab)
+    start = jnp.minimum(index * size, words - size)
     ids = start + jnp.arange(size)
-    return _Block(start, jax.lax.dynamic_slice_in_dim(table, start, size), ids, ids >= index * size)
+    new = (ids >= index * size) & (ids < vocab)
+    return _Block(start, jax.lax.dynamic_slice_in_dim(table, start, size), ids, new)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -179,10 +186,10 @@ def sum_up_at_once(so_far: _Sums, logits: Float[Array, "G C W"], new: Any, mine:
 def _forward(
     block: int, states: Array, head: Array, head_grads: Any, targets: Array, chunks: Array
 ) -> tuple[Array, Any]:
-    table = _table(head, states.dtype)
+    table = _table(head.astype(states.dtype))
 
     def one_block(index: Array, sums: _Sums) -> _Sums:
-        part = _take_block(table, index, block)
+        part = _take_block(table, head.shape[0], index, block)
 
         def one(k: Array, sums: _Sums) -> _Sums:
             so_far = _Sums(*(x[:, k] for x in sums))
@@ -193,7 +200,7 @@ def _forward(
         return jax.lax.fori_loop(0, chunks, one, sums)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    sums = jax.lax.fori_loop(0, -(-head.shape[0] // block), one_block, _Sums(zeros + _MASKED, zeros, zeros))
+    sums = jax.lax.fori_loop(0, -(-table.shape[0] // block), one_block, _Sums(zeros + _MASKED, zeros, zeros))
     done = (jnp.arange(targets.shape[1]) < chunks)[:, None]
     norms = jnp.where(done, sums.largest + jnp.log(jnp.where(done, sums.total, 1.0)), 0.0)
     return sums.target - norms, (states, head, head_grads, targets, chunks, norms)
@@ -201,12 +208,11 @@ def _forward(
 
 def _backward(block: int, kept: Any, grads: Float[Array, "G K C"]) -> tuple[Array | None, ...]:
     states, head, head_grads, targets, chunks, norms = kept
-    table = _table(head, states.dtype)
-    rows, vocab_dim = _split(head.shape[0])
-    blocks = -(-head.shape[0] // block)
+    table = _table(head.astype(states.dtype))
+    blocks = -(-table.shape[0] // block)
 
     def one_block(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        part = _take_block(table, index, block)
+        part = _take_block(table, head.shape[0], index, block)
         whole = carry[1]
 
         def one(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -214,11 +220,11 @@ def _backward(block: int, kept: Any, grads: Float[Array, "G K C"]) -> tuple[Arra
             softmax = jnp.exp(_logits(states[:, k], part.table) - norms[:, k, :, None])
             d_logits = grads[:, k, :, None] * ((part.ids == targets[:, k, :, None]) - softmax)
             d_logits = jnp.where(part.new, d_logits, 0.0).astype(states.dtype)
-            d_logits = constrain(d_logits, rows, "length", vocab_dim)
+            d_logits = constrain(d_logits, "rows", None, "vocab_slice")
             d_k = jnp.einsum("rcv,vd->rcd", d_logits, part.table, preferred_element_type=jnp.float32)
-            d_k = constrain(d_k, "batch", "length", None).astype(d_states.dtype)
+            d_k = constrain(d_k, "batch", None, None).astype(d_states.dtype)
             more = jnp.einsum("rcv,rcd->vd", d_logits, states[:, k], preferred_element_type=jnp.float32)
-            return d_states.at[:, k].add(d_k), constrain(d_part + more, vocab_dim, None)
+            return d_states.at[:, k].add(d_k), constrain(d_part + more, "vocab_slice", None)
 
         if blocks == 1:
             return jax.lax.fori_loop(0, chunks, one, carry)
@@ -229,10 +235,10 @@ def _backward(block: int, kept: Any, grads: Float[Array, "G K C"]) -> tuple[Arra
     # Chunks add up in float32, also where gradients are kept in bfloat16; so do blocks, if there are several.
     start = head if head_grads is None else head_grads
     start = start.astype(jnp.promote_types(start.dtype, jnp.float32))
-    start = constrain(jnp.zeros_like(start) if head_grads is None else start, vocab_dim, None)
+    start = _table(jnp.zeros_like(start) if head_grads is None else start)
     d_states = jnp.zeros(states.shape, states.dtype if blocks == 1 else jnp.float32)
     d_states, d_head = jax.lax.fori_loop(0, blocks, one_block, (d_states, start))
-    d_head, d_states = constrain(d_head, "vocab", "embed"), d_states.astype(states.dtype)
+    d_head, d_states = constrain(d_head[: head.shape[0]], "vocab", "embed"), d_states.astype(states.dtype)
     if head_grads is None:
         return d_states, d_head.astype(head.dtype), None, None, None
     return d_states, None, d_head.astype(head_grads.dtype), None, None

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.hf import Progress, load_params, load_qwen_config
 from drift_jax.models.qwen import Qwen, declare_qwen
+from drift_jax.sharding import Layout
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Policy:
     config: QwenConfig
     graphdef: Any
     params: dict[str, Any]
-    mesh: Mesh
+    layout: Layout
 
 
 def load_policy(
     model_dir: Path,
-    mesh: Mesh,
+    layout: Layout,
     compute_dtype: str,
     param_dtype: str = "float32",
     progress: Progress | None = None,
@@ -35,7 +35,7 @@ def load_policy(
     """A Hugging Face directory onto a mesh. Raises `ModelError` or `ConfigError`; see `models.hf`."""
     config = load_qwen_config(model_dir)
     graphdef, _ = declare_qwen(config, dtype=jnp.dtype(compute_dtype))
-    return Policy(config, graphdef, load_params(model_dir, mesh, param_dtype, progress), mesh)
+    return Policy(config, graphdef, load_params(model_dir, layout, param_dtype, progress), layout)
 
 
 def bind(graphdef: Any, params: dict[str, Any]) -> Qwen:

@@ -22,7 +22,7 @@ from drift_jax.models.attention import attend
 from drift_jax.models.linear import linear
 from drift_jax.models.norms import rms_norm
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
-from drift_jax.sharding import Dims, build_sharding, constrain
+from drift_jax.sharding import Dims, Layout, build_sharding, constrain
 
 # How a dim of a Hugging Face tensor is made of ours: nn.Linear stores [out, in], with heads and head_dim merged.
 HfDims = tuple[tuple[str, ...], ...]
@@ -163,7 +163,7 @@ class Block(nnx.Module):
     def finish(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         x = x + self.attention.output(mixed)
         x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
-        return constrain(x, "batch", "length", None)
+        return constrain(x, "batch", "length", "hidden")
 
     def __call__(
         self, x: Float[Array, "B T D"], rope: Rope, attend: Attend = attend
@@ -293,7 +293,7 @@ class Qwen(nnx.Module):
         x = cast(Array, look_up(self.dtype, self.embed[...], grads, ids))
         if self.config.pad_token_id is not None and not self.config.pad_trains:
             x = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
-        return constrain(x, "batch", "length", None)
+        return constrain(x, "batch", "length", "hidden")
 
 
 class Declared(NamedTuple):
@@ -326,32 +326,30 @@ def declare_qwen(config: QwenConfig, dtype: DTypeLike = jnp.float32) -> tuple[An
     return graphdef, nnx.to_pure_dict(declared)
 
 
-def param_shardings(declared: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def param_shardings(declared: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The placement of every parameter. Raises `ConfigError` for a mesh that does not divide a dim."""
     return jax.tree.map(
-        lambda p: build_sharding(mesh, p.dims, p.shape, name=p.hf_name),
+        lambda p: build_sharding(layout, p.dims, p.shape, name=p.hf_name),
         declared,
         is_leaf=is_declared,
     )
 
 
-def abstract_params(
-    declared: dict[str, Any], mesh: jax.sharding.Mesh, dtype: DTypeLike = jnp.float32
-) -> dict[str, Any]:
+def abstract_params(declared: dict[str, Any], layout: Layout, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Parameters as `jax.ShapeDtypeStruct`s with their placement: what a checkpoint is restored to."""
     return jax.tree.map(
         lambda p, sharding: jax.ShapeDtypeStruct(p.shape, dtype, sharding=sharding),
         declared,
-        param_shardings(declared, mesh),
+        param_shardings(declared, layout),
         is_leaf=is_declared,
     )
 
 
-def init_params(config: QwenConfig, seed: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def init_params(config: QwenConfig, seed: int, layout: Layout) -> dict[str, Any]:
     """Random float32 parameters, made where they will live."""
     _, declared = declare_qwen(config)
 
     def make() -> dict[str, Any]:
         return nnx.to_pure_dict(nnx.state(Qwen(config, rngs=nnx.Rngs(seed))))
 
-    return jax.jit(make, out_shardings=param_shardings(declared, mesh))()
+    return jax.jit(make, out_shardings=param_shardings(declared, layout))()

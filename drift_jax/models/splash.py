@@ -29,20 +29,23 @@ _LARGEST_BLOCK = 4 * LANES
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     intervals: KeyIntervals,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, scaled by H**-0.5, softmax in float32; `interpret` runs the kernel without a TPU.
 
+    S is a multiple of T: the keys of whole rows, and all of their queries or the part that this device has.
+
     Raises:
-      ConfigError: T is not a multiple of 128, or longer than `LONGEST_ROW`.
+      ConfigError: T is not a multiple of 128, or S longer than `LONGEST_ROW`.
     """
     length, dim = query.shape[1], query.shape[3]
-    check_row_length(length, "splash", LONGEST_ROW)
+    check_row_length(length, "splash")
+    check_row_length(key.shape[1], "splash", LONGEST_ROW)
     block = max(size for size in range(LANES, _LARGEST_BLOCK + 1, LANES) if length % size == 0)
-    overlap = find_overlap(intervals, block, block)
+    overlap = find_overlap(intervals, block, block, key.shape[1])
     packed = (intervals.start << _BITS) | intervals.stop
 
     def attend_row(row: tuple[Array, ...]) -> Float[Array, "N T H"]:

@@ -240,13 +240,16 @@ def look_up(
     Each device looks up its slice of D for the tokens of all devices that share the table, and only then are the rows
     split: what travels is activations, not the table and its gradient.
     """
-    found = constrain(table.astype(dtype)[ids], "rows", "length", "embed")
-    return constrain(found, "batch", "length", None)
+    found = constrain(table.astype(dtype)[ids], "rows", None, "embed")
+    # In two steps, each of which the compiler can do by exchanging parts: first rows, then tokens.
+    found = constrain(found, "batch", None, "embed_of_batch")
+    return constrain(found, "batch", "length", "hidden")
 
 
 def _look_up_backward(dtype: Any, kept: Any, grad: Array) -> tuple[Array | None, ...]:
     table, grads, ids = kept
-    grad = constrain(grad, "rows", "length", "embed")
+    grad = constrain(grad, "batch", None, "embed_of_batch")
+    grad = constrain(grad, "rows", None, "embed")
     start = jnp.zeros_like(table) if grads is None else grads.astype(jnp.promote_types(grads.dtype, jnp.float32))
     total = constrain(start.at[ids].add(grad.astype(start.dtype)), "vocab", "embed")
     return (total, None, None) if grads is None else (None, total.astype(grads.dtype), None)

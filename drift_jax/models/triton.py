@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.errors import ConfigError
 from drift_jax.models.intervals import KeyIntervals, check_row_length, find_overlap
@@ -58,18 +58,21 @@ _LOG2_E = math.log2(math.e)  # 2**x is what the hardware has
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     intervals: KeyIntervals,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, scaled by H**-0.5, softmax in float32; `interpret` runs the kernels without a GPU.
 
+    The keys are those of whole rows; the queries all of them or the part that this device has.
+
     Raises:
-      ConfigError: T is not a multiple of 128, or H not a power of two of at least 16.
+      ConfigError: T or S is not a multiple of 128, or H not a power of two of at least 16.
     """
-    length, dim = query.shape[1], query.shape[3]
-    check_row_length(length, "triton")
+    dim = query.shape[3]
+    for length in (query.shape[1], key.shape[1]):
+        check_row_length(length, "triton")
     if dim < 16 or dim & (dim - 1):
         raise ConfigError(
             f"attention back end 'triton': heads of {dim} numbers; the kernel takes powers of two from 16. "
@@ -86,7 +89,7 @@ def _forward(
     launch = choose_launches(query).forward
     visits = _find_keys(intervals, launch)
     rows = pl.BlockSpec((None, launch.queries, None, dim), lambda i, b, n: (b, i, n, 0))
-    keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
+    keys = pl.BlockSpec((None, key.shape[1], None, dim), lambda i, b, n: (b, 0, n // groups, 0))
     bound = pl.BlockSpec((None, launch.queries), lambda i, b, n: (b, i))
     return pl.pallas_call(
         partial(_forward_kernel, scale=dim**-0.5, key_block=launch.keys),
@@ -119,7 +122,7 @@ def _backward_query(interpret: bool, *inputs: Array) -> Array:
     launch = choose_launches(query).query
     visits = _find_keys(KeyIntervals(start, stop), launch)
     rows = pl.BlockSpec((None, launch.queries, None, dim), lambda i, b, n: (b, i, n, 0))
-    keys = pl.BlockSpec((None, length, None, dim), lambda i, b, n: (b, 0, n // groups, 0))
+    keys = pl.BlockSpec((None, key.shape[1], None, dim), lambda i, b, n: (b, 0, n // groups, 0))
     bound = pl.BlockSpec((None, launch.queries), lambda i, b, n: (b, i))
     number = pl.BlockSpec((None, None, launch.queries), lambda i, b, n: (b, n, i))
     visit = pl.BlockSpec((None, None, 4), lambda i, b, n: (b, i, 0))
@@ -142,7 +145,7 @@ def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
     launches = choose_launches(query)
     launch, each = launches.key, math.gcd(launches.heads_per_program or groups, groups)
     parts = heads // each  # one program's sums each, in float32 where those of a kv head are added up afterwards
-    visits = _find_queries(KeyIntervals(start, stop), launch)
+    visits = _find_queries(KeyIntervals(start, stop), launch, key.shape[1])
     rows = pl.BlockSpec((None, length, each, dim), lambda j, b, p: (b, 0, p, 0))
     keys = pl.BlockSpec((None, launch.keys, None, dim), lambda j, b, p: (b, j, p * each // groups, 0))
     sums = pl.BlockSpec((None, launch.keys, None, dim), lambda j, b, p: (b, j, p, 0))
@@ -150,10 +153,10 @@ def _backward_key(interpret: bool, *inputs: Array) -> tuple[Array, Array]:
     number = pl.BlockSpec((None, each, length), lambda j, b, p: (b, p, 0))
     visit = pl.BlockSpec((None, None, 4), lambda j, b, p: (b, j, 0))
     wide = jnp.float32 if each < groups else None
-    out = [jax.ShapeDtypeStruct((batch, length, parts, dim), wide or x.dtype) for x in (key, value)]
+    out = [jax.ShapeDtypeStruct((batch, key.shape[1], parts, dim), wide or x.dtype) for x in (key, value)]
     found = pl.pallas_call(
         partial(_backward_key_kernel, scale=dim**-0.5, heads=each, query_block=launch.queries),
-        grid=(length // launch.keys, batch, parts),
+        grid=(key.shape[1] // launch.keys, batch, parts),
         in_specs=[rows, keys, keys, bound, bound, rows, number, number, visit],
         out_specs=[sums, sums],
         out_shape=out,
@@ -198,22 +201,24 @@ def _find_keys(intervals: KeyIntervals, launch: Launch) -> Int[Array, "B I 4"]:
     return jnp.stack([first, jnp.where(some, first_whole, end), jnp.where(some, end_whole, end), end], axis=2)
 
 
-def _find_queries(intervals: KeyIntervals, launch: Launch) -> Int[Array, "B J 4"]:
+def _find_queries(intervals: KeyIntervals, launch: Launch, key_length: int) -> Int[Array, "B J 4"]:
     """Which blocks of queries each block of keys visits: (first, how many before the gap, the one after it, in all).
 
-    The gap ends at the diagonal, which is never empty. Keys late in a prompt have one: all of the chosen side sees
-    them, the tokens of the prompt before them do not.
+    Keys late in a prompt have a gap: all of the chosen side sees them, the tokens of the prompt before them do not.
+    Where this device has no query that sees a block, none is visited.
     """
-    overlap = find_overlap(intervals, launch.queries, launch.keys).transpose(0, 2, 1)
-    rows, columns = overlap.shape[1:]
+    overlap = find_overlap(intervals, launch.queries, launch.keys, key_length).transpose(0, 2, 1)
+    columns = overlap.shape[2]
     index = jnp.arange(columns, dtype=jnp.int32)
-    diagonal = jnp.arange(rows, dtype=jnp.int32) * launch.keys // launch.queries
-    first = jnp.where(overlap, index, columns).min(axis=2)
-    gap = jnp.where(overlap & (index < diagonal[:, None]), index + 1, first[:, :, None]).max(axis=2)
+
+    def first_of(mask: Bool[Array, "B J I"]) -> Int[Array, "B J"]:
+        return jnp.where(mask, index, columns).min(axis=2)
+
+    first = first_of(overlap)
+    gap = first_of(~overlap & (index >= first[:, :, None]))
+    after = first_of(overlap & (index >= gap[:, :, None]))
     stop = jnp.where(overlap, index + 1, 0).max(axis=2)
-    before = gap - first
-    diagonal = jnp.broadcast_to(diagonal, first.shape)
-    return jnp.stack([first, before, diagonal, before + stop - diagonal], axis=2)
+    return jnp.stack([first, gap - first, after, gap - first + jnp.maximum(stop - after, 0)], axis=2)
 
 
 T = TypeVar("T")

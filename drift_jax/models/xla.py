@@ -30,54 +30,72 @@ def attend_spans(
     seen: KeySpans,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over packed rows, scaled by H**-0.5, softmax in float32."""
+    return attend_part(query, key, value, place_spans(seen))
+
+
+class PlacedSpans(NamedTuple):
+    """`KeySpans` of queries and where in their row these stand: all of a row or, on this device, a part of it."""
+
+    prompt_start: Int[Any, "B T"]
+    prompt_stop: Int[Any, "B T"]
+    own_start: Int[Any, "B T"]
+    place: Int[Any, "B T"]
+
+
+def place_spans(seen: KeySpans) -> PlacedSpans:
+    """The spans of whole rows."""
+    length = seen.own_start.shape[1]
+    return PlacedSpans(*seen, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), seen.own_start.shape))
+
+
+def attend_part(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    seen: PlacedSpans,
+) -> Float[Array, "B T N H"]:
+    """`attend_spans` for some queries of each row, next to each other, over all of its keys."""
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     block = min(_BLOCK, length)
-    padding = -length % block
-    blocks = (length + padding) // block
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
+        return x.reshape(batch, -1, block, *x.shape[2:]).swapaxes(0, 1)
 
     # The queries that share a kv head are rows of one matrix: fewer and larger products.
-    rows = pad(query * dim**-0.5).reshape(batch, blocks, block, kv_heads, -1, dim).transpose(1, 0, 3, 4, 2, 5)
-    rows = rows.reshape(blocks, batch, kv_heads, -1, dim)
-    keys, values = (pad(x).reshape(batch, blocks, block, kv_heads, dim).transpose(1, 0, 3, 2, 4) for x in (key, value))
-    mixed = attach_backward(_attend, _backward, (rows, keys, values), split_spans(seen, block, blocks))
-    mixed = mixed.reshape(blocks, batch, kv_heads, -1, block, dim).transpose(1, 0, 4, 2, 3, 5)
-    return mixed.reshape(batch, blocks * block, heads, dim)[:, :length]
+    rows = split(query * dim**-0.5).reshape(-1, batch, block, kv_heads, heads // kv_heads, dim)
+    rows = rows.transpose(0, 1, 3, 4, 2, 5).reshape(len(rows), batch, kv_heads, -1, dim)
+    keys, values = (split(x).swapaxes(2, 3) for x in (key, value))
+    mixed = attach_backward(_attend, _backward, (rows, keys, values), split_spans(seen, block, len(keys)))
+    mixed = mixed.reshape(len(rows), batch, kv_heads, -1, block, dim).transpose(1, 0, 4, 2, 3, 5)
+    return mixed.reshape(batch, len(rows) * block, heads, dim)[:, :length]
 
 
 class SeenBlocks(NamedTuple):
-    """`KeySpans` by blocks, the place of each query, and the blocks of keys that a block of queries needs."""
+    """`PlacedSpans` by blocks, and the blocks of keys that a block of queries needs."""
 
     prompt_start: Int[Array, "I B Q"]
     prompt_stop: Int[Array, "I B Q"]
     own_start: Int[Array, "I B Q"]
-    place: Int[Array, "I Q"]
+    place: Int[Array, "I B Q"]
     needed: Int[Array, "I J"]  # blocks of keys, ascending; those that are needed come first
     count: Int[Array, " I"]  # how many of them are needed
 
 
-def split_spans(seen: KeySpans, block: int, blocks: int) -> SeenBlocks:
-    """Spans [B, T] of at most `blocks` x `block` tokens by blocks of queries; what is added to T is padding."""
-    batch, length = seen.own_start.shape
-    places = jnp.arange(blocks * block, dtype=seen.own_start.dtype)
-    # Padding sees itself.
-    rest = jnp.broadcast_to(places[length:], (batch, blocks * block - length))
-    spans = (jnp.concatenate([bound, rest], 1).reshape(batch, blocks, block).swapaxes(0, 1) for bound in seen)
-    start, stop, own = spans
-    places = places.reshape(blocks, block)
-    return SeenBlocks(start, stop, own, places, *_find_needed(start, stop, own, places))
+def split_spans(seen: PlacedSpans, block: int, key_blocks: int) -> SeenBlocks:
+    """Spans by blocks of queries; what fills the last of these sees what the query before it sees."""
+    batch, length = seen.place.shape
+    filled = (jnp.pad(bound, ((0, 0), (0, -length % block)), mode="edge") for bound in seen)
+    spans = PlacedSpans(*(bound.reshape(batch, -1, block).swapaxes(0, 1) for bound in filled))
+    return SeenBlocks(*spans, *_find_needed(spans, key_blocks))
 
 
-def _find_needed(
-    start: Int[Array, "I B Q"], stop: Int[Array, "I B Q"], own: Int[Array, "I B Q"], places: Int[Array, "I Q"]
-) -> tuple[Int[Array, "I J"], Int[Array, " I"]]:
+def _find_needed(seen: PlacedSpans, key_blocks: int) -> tuple[Int[Array, "I J"], Int[Array, " I"]]:
     """The last two fields of `SeenBlocks`: a block of keys is needed where one of the queries sees one of its keys."""
-    blocks, size = places.shape
-    left = jnp.arange(blocks, dtype=places.dtype) * size
-    start, stop, own, place = (bound[..., None] for bound in (start, stop, own, places[:, None]))
+    size = seen.place.shape[2]
+    left = jnp.arange(key_blocks, dtype=seen.place.dtype) * size
+    start, stop, own, place = (bound[..., None] for bound in seen)
     prompt = (start < stop) & (start < left + size) & (left < stop)
     needs = ((prompt | (own < left + size)) & (left <= place)).any(axis=(1, 2))
     return jnp.argsort(~needs, axis=1), needs.sum(axis=1)
@@ -87,8 +105,8 @@ def _sees(seen: SeenBlocks, index: Int[Array, ""]) -> Bool[Array, "B 1 1 Q S"]:
     """Which keys of block `index` each query of one block (`seen` without its first dim) may look at."""
     size = seen.place.shape[-1]
     keys = index * size + jnp.arange(size)
-    start, stop, own = (bound[..., None] for bound in seen[:3])
-    mask = (keys <= seen.place[:, None]) & ((keys >= own) | ((keys >= start) & (keys < stop)))
+    start, stop, own, place = (bound[..., None] for bound in seen[:4])
+    mask = (keys <= place) & ((keys >= own) | ((keys >= start) & (keys < stop)))
     return mask[:, None, None]
 
 
@@ -102,8 +120,8 @@ def _scores(
 
 def _attend(
     rows: Float[Array, "I B K R H"],
-    keys: Float[Array, "I B K S H"],
-    values: Float[Array, "I B K S H"],
+    keys: Float[Array, "J B K S H"],
+    values: Float[Array, "J B K S H"],
     seen: SeenBlocks,
 ) -> tuple[Float[Array, "I B K R H"], Float[Array, "I B K R"]]:
     """Blocks of queries (R: all that share a kv head) over the blocks of keys before them; and their log-sum-exps."""

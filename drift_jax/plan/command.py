@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -14,7 +13,8 @@ import yaml
 from rich.console import Console
 
 from drift_jax.config import RunConfig, apply_override, build_config, read_yaml
-from drift_jax.errors import ConfigError, StageError
+from drift_jax.errors import ConfigError
+from drift_jax.files import atomic_writer
 
 if TYPE_CHECKING:
     from drift_jax.plan.rows import Row
@@ -75,9 +75,9 @@ def plan_command(
     if html is not None:
         from drift_jax.plan.show import render_page
 
-        _write_whole(html, render_page(rows, title, choice.why if choice else ""))
+        _write(html, render_page(rows, title, choice.why if choice else ""))
     if write is not None and choice is not None and choice.config is not None:
-        _write_whole(write, _with_choice(raw, choice.config, title))
+        _write(write, _with_choice(raw, choice.config, title))
     if as_json:
         print(json.dumps([row.to_json() for row in rows]))
         return
@@ -140,19 +140,13 @@ def run_plan(
 def _with_choice(raw: dict[str, Any], chosen: RunConfig, title: str) -> str:
     """The user's keys with those of the choice, as YAML."""
     mine = json.loads(json.dumps(raw, default=str))
-    mine["mesh"] = dataclasses.asdict(chosen.mesh)
+    mine["mesh"] = mine.get("mesh", {}) | dataclasses.asdict(chosen.mesh)
     mine.setdefault("train", {})["accumulation_steps"] = chosen.train.accumulation_steps
     mine.setdefault("model", {})["remat"] = chosen.model.remat
     head = f"# mesh, train.accumulation_steps and model.remat as `drift plan --search` chose them: {title}\n"
     return head + yaml.safe_dump(mine, sort_keys=False, allow_unicode=True)
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Raises `StageError` when the file cannot be written; what was there stays then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StageError(f"cannot write {path}: {error}. Choose another place, or make its directory.") from None
+def _write(path: Path, text: str) -> None:
+    with atomic_writer(path) as file:
+        file.write(text)

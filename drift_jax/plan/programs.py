@@ -2,8 +2,8 @@
 
 They are what `drift run` compiles: the trainer's step, its reference pass, and the sampler's loop. The batch is one of
 the largest: every pair has a prompt of `data.max_prompt_length` and two completions that go on to `data.max_length`;
-the sampler has `sampling.batch_size` prompts of the longest bucket. This is the one file of the plan that makes meshes
-and puts them in force.
+the sampler has `sampling.batch_size` prompts of the longest bucket, on one host where it would sample there. This is
+the one file of the plan that makes meshes and puts them in force.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from drift_jax.config import RunConfig
 from drift_jax.data.batches import PairBatch, batch_shardings, count_tokens
@@ -31,10 +30,20 @@ from drift_jax.models.policy import Policy
 from drift_jax.models.qwen import abstract_params, declare_qwen
 from drift_jax.plan.flops import forward_flops
 from drift_jax.plan.hlo import Instruction, Region, read_shapes
+from drift_jax.plan.slices import Slice
 from drift_jax.sampling.base import SamplingParams
 from drift_jax.sampling.draw import row_keys
 from drift_jax.sampling.local import LocalSampler, prompt_bucket
-from drift_jax.sharding import build_mesh, build_sharding, check_batch
+from drift_jax.sharding import (
+    Layout,
+    build_layout,
+    build_sharding,
+    check_batch,
+    check_sampling_batch,
+    for_sampling,
+    use_layout,
+)
+from drift_jax.stages.devices import fits_one_host, layout_of_host
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.train import Trainer
 
@@ -60,13 +69,15 @@ class Programs:
 
     config: RunConfig
     architecture: QwenConfig
-    mesh: Mesh
+    layout: Layout
+    where: Slice
     trainer: Trainer
     batch: PairBatch  # on the host
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
-        return dict(self.mesh.shape)
+        """Axis -> devices in the order of the mesh: device i of a compiled program is its element i."""
+        return dict(self.layout.mesh.shape)
 
     @property
     def tokens(self) -> int:
@@ -82,38 +93,39 @@ class Programs:
 
     def compile(self, name: str) -> jax.stages.Compiled:
         """A key of `PROGRAMS`. Raises what the compiler raises where it does not fit."""
-        with jax.set_mesh(self.mesh):
-            if name == "train":
-                return self.trainer.jitted_step.lower(self.trainer.abstract_state, self._placed_batch()).compile()
+        if name == "sampler":
+            return self._compile_sampler(sampling_layout_of(self.config, self.architecture, self.where))
+        state, batch = self.trainer.abstract_state, self._placed_batch()
+        with use_layout(self.layout):
             if name == "reference":
-                params = self.trainer.abstract_state.params
-                return self.trainer.jitted_score.lower(params, self._placed_batch()).compile()
-            return self._lower_sampler().compile()
+                return self.trainer.jitted_score.lower(state.params, batch).compile()
+            return self.trainer.jitted_step.lower(state, batch).compile()
 
     def _placed_batch(self) -> PairBatch:
         return jax.tree.map(
             lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
             self.batch,
-            batch_shardings(self.batch, self.mesh),
+            batch_shardings(self.batch, self.layout),
         )
 
-    def _lower_sampler(self) -> jax.stages.Lowered:
-        sampling, mesh = self.config.sampling, self.mesh
+    def _compile_sampler(self, layout: Layout) -> jax.stages.Compiled:
+        sampling = self.config.sampling
         graphdef, declared = declare_qwen(self.architecture, jnp.dtype(sampling.compute_dtype))
-        weights = abstract_params(declared, mesh, sampling.compute_dtype)
-        sampler = LocalSampler(Policy(self.architecture, graphdef, weights, mesh), sampling.batch_size)
+        weights = abstract_params(declared, layout, sampling.compute_dtype)
+        sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), sampling.batch_size)
         params = SamplingParams.from_config(sampling, (0,), self.architecture.vocab_size)
         rows, width = sampling.batch_size, prompt_bucket(sampling.max_input_length)
-        by_row = build_sharding(mesh, ("batch", None), (rows, width), "prompts")
-        one = build_sharding(mesh, ("batch",), (rows,), "prompts")
+        by_row = build_sharding(layout, ("batch", None), (rows, width), "prompts")
+        one = build_sharding(layout, ("batch",), (rows,), "prompts")
         keys = jax.eval_shape(partial(row_keys, params.seed), jax.ShapeDtypeStruct((rows, 2), jnp.uint32))
-        return sampler.jitted_generate.lower(
-            weights,
-            params,
-            jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=by_row),
-            jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=one),
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=one),
-        )
+        with use_layout(layout):
+            return sampler.jitted_generate.lower(
+                weights,
+                params,
+                jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=by_row),
+                jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=one),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=one),
+            ).compile()
 
     # --- what is known here and not in the compiled text ------------------------------------------------------
 
@@ -140,7 +152,7 @@ class Programs:
         """Chunks of completion tokens whose logits are made in a micro-batch."""
         listed = int((self.batch.owners >= 0).sum(axis=2).max())
         groups, length = self.batch.owners.shape[1:]
-        with jax.set_mesh(self.mesh):
+        with use_layout(self.layout):
             tile = choose_tile(self.trainer.setup.platform, groups, self.architecture.vocab_size)
         return -(-listed // min(tile.tokens, length))
 
@@ -157,20 +169,37 @@ class Programs:
 
     @cached_property
     def _seen_by_blocks(self) -> float:
-        """Pairs of (query, key) of an average row in the blocks that the kernel computes."""
+        """Pairs of (query, key) in the blocks that the kernel computes of a row, or of a device's part of it."""
         spans = KeySpans(*(jnp.asarray(span[0]) for span in self.batch.spans))
-        length = spans.own_start.shape[1]
-        block = next(size for size in (512, 384, 256, 128, length) if length % size == 0)
-        overlap = np.asarray(find_overlap(to_intervals(spans)[1], block, block))
-        return float(overlap.sum() / len(overlap)) * block**2
+        length, parts = spans.own_start.shape[1], self.layout.ways("length")
+        block = next(size for size in (512, 384, 256, 128, length) if length // parts % size == 0)
+        overlap = np.asarray(find_overlap(to_intervals(spans)[1], block, block, length))
+        return float(overlap.sum() / len(overlap) / parts) * block**2
+
+
+def sampling_layout_of(config: RunConfig, model: QwenConfig, where: Slice) -> Layout:
+    """The layout that `stages/devices.py` would sample with on these devices: of one host, or of all of them.
+
+    Raises:
+      ConfigError: `sampling.batch_size` cannot be split over the devices.
+    """
+    limit = where.chip.limit_gib
+    limits = [None if limit is None else limit * 2**30] * len(where.host)
+    per_host = bool(where.host) and config.sampling.per_host is not False
+    if per_host and (config.sampling.per_host or fits_one_host(config, model, limits)):
+        layout = layout_of_host(config, where.host)
+    else:
+        layout = for_sampling(build_layout(config.mesh, where.devices))
+    check_sampling_batch(layout, config.sampling.batch_size)
+    return layout
 
 
 def resolve_mesh(config: RunConfig, devices: Sequence[Any]) -> dict[str, int]:
     """Mesh axis -> devices, as the config's mesh comes out over the devices. Raises `ConfigError` where it does not."""
-    return dict(build_mesh(config.mesh, devices).shape)
+    return build_layout(config.mesh, devices).sizes
 
 
-def build_programs(config: RunConfig, architecture: dict[str, Any], devices: Sequence[Any]) -> Programs:
+def build_programs(config: RunConfig, architecture: dict[str, Any], where: Slice) -> Programs:
     """Everything but the compilation.
 
     Args:
@@ -180,14 +209,14 @@ def build_programs(config: RunConfig, architecture: dict[str, Any], devices: Seq
       ConfigError: the mesh does not divide the devices, a dim of the model or a batch.
       ModelError: an architecture that is not computed here.
     """
-    mesh = build_mesh(config.mesh, devices)
-    check_batch(mesh, config.train.batch_size, config.train.accumulation_steps)
+    layout = build_layout(config.mesh, where.devices)
+    check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
     sizes = qwen_config_from_hf(architecture, config.model.path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(architecture), encoding="utf-8")
-        trainer = build_trainer(config, Path(folder), mesh, _STEPS)
-    batch = build_loader(config, mesh, _longest_pairs(config)).shuffled(0)
-    return Programs(config, sizes, mesh, trainer, batch)
+        trainer = build_trainer(config, Path(folder), layout, _STEPS)
+    batch = build_loader(config, layout, _longest_pairs(config)).shuffled(0)
+    return Programs(config, sizes, layout, where, trainer, batch)
 
 
 def _longest_pairs(config: RunConfig) -> list[TokenizedPair]:

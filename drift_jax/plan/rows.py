@@ -105,11 +105,11 @@ def plan_row(
       on_program: called after each compilation.
       on_text: gets the name of each compiled program and its text.
     """
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if isinstance(size, int)}
     row = Row(sizes, config.train.accumulation_steps, config.model.remat, False, where.chip.limit_gib, about=where.note)
     try:
         row = dataclasses.replace(row, mesh=resolve_mesh(config, where.devices))
-        programs = build_programs(config, architecture, where.devices)
+        programs = build_programs(config, architecture, where)
         row = dataclasses.replace(row, **_describe(programs, where))
         for name in names:
             done = compile_program(programs, name)

@@ -6,6 +6,7 @@ time on paper, and few are compiled. What the compiler then says decides; the ro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from drift_jax.errors import ConfigError
 from drift_jax.models.architecture import QwenConfig, qwen_config_from_hf
 from drift_jax.plan.estimate import KERNEL_SHARE
 from drift_jax.plan.flops import forward_flops
-from drift_jax.plan.programs import PROGRAMS, PairLengths
+from drift_jax.plan.programs import PROGRAMS, PairLengths, sampling_layout_of
 from drift_jax.plan.rows import GIB, Row, plan_row
 from drift_jax.plan.slices import Slice
 
@@ -31,28 +32,47 @@ _MOST_TENSOR = 16
 _WIDE_BUFFERS = 24
 # On paper a candidate may miss by so much before it is not worth a compilation.
 _MARGIN = 1.3
+# Tokens of a pair from which on a row may be cut over devices.
+_LONG_ROW = 8192
+
+
+class Mesh(NamedTuple):
+    """Devices per axis."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    sequence: int
+
+    @property
+    def rows(self) -> int:
+        """Over how many devices rows are split."""
+        return self.data * self.fsdp
+
+    @property
+    def weights(self) -> int:
+        """Over how many devices weights are split."""
+        return self.fsdp * self.tensor * self.sequence
+
+    def apply(self, config: MeshConfig) -> MeshConfig:
+        """With the table of these axes; rules of the user stay."""
+        return dataclasses.replace(config, **self._asdict(), strategy="auto")
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A choice, and the rough count of it."""
 
-    data: int
-    fsdp: int
-    tensor: int
+    mesh: Mesh
     accumulation_steps: int
     remat: str
     gib: float
     seconds: float
 
-    @property
-    def mesh(self) -> tuple[int, int, int]:
-        return self.data, self.fsdp, self.tensor
-
     def apply(self, config: RunConfig) -> RunConfig:
         return dataclasses.replace(
             config,
-            mesh=MeshConfig(*self.mesh),
+            mesh=self.mesh.apply(config.mesh),
             train=dataclasses.replace(config.train, accumulation_steps=self.accumulation_steps),
             model=dataclasses.replace(config.model, remat=self.remat),
         )
@@ -172,32 +192,40 @@ def list_candidates(config: RunConfig, model: QwenConfig, where: Slice) -> list[
     """Choices that can be split and may fit on paper, the fastest on paper first."""
     limit = where.chip.limit_gib or float("inf")
     found = []
-    for (data, fsdp, tensor), steps, remat in itertools.product(
-        _meshes(config, model, len(where.devices)), _accumulations(config), _REMAT
-    ):
+    for mesh, steps, remat in itertools.product(_meshes(config, model, where), _accumulations(config), _REMAT):
         micro = config.train.batch_size // steps
-        if micro % (data * fsdp):
+        if micro % mesh.rows:
             continue
         if remat == "offload" and where.chip.clock_hz is None:
             continue  # fake devices have no host memory of their own
-        tokens = _tokens_per_device(config, micro // (data * fsdp))
-        gib = _count_gib(config, model, (data, fsdp, tensor), tokens, remat)
-        seconds = _count_seconds(config, model, (data, fsdp, tensor), tokens, remat, where)
+        tokens = _tokens_per_device(config, micro // mesh.rows) // mesh.sequence
+        gib = _count_gib(config, model, mesh, tokens, remat)
         if gib <= _MARGIN * limit:
-            # What is over the limit on paper is tried after what is below it.
-            found.append(Candidate(data, fsdp, tensor, steps, remat, gib, seconds))
+            seconds = _count_seconds(config, model, mesh, tokens, remat, where)
+            found.append(Candidate(mesh, steps, remat, gib, seconds))
+    # What is over the limit on paper is tried after what is below it.
     return sorted(found, key=lambda c: (c.gib > limit, c.seconds, c.gib))
 
 
-def _meshes(config: RunConfig, model: QwenConfig, devices: int) -> Iterator[tuple[int, int, int]]:
-    for tensor in _powers_of_two(min(devices, _MOST_TENSOR)):
-        if devices % tensor or model.heads % tensor or model.mlp % tensor or model.vocab_size % tensor:
+def _meshes(config: RunConfig, model: QwenConfig, where: Slice) -> Iterator[Mesh]:
+    """Over all devices. Rows are cut (`sequence`) only where they are long, or fewer than the devices."""
+    devices, lengths = len(where.devices), PairLengths.of(config)
+    longest = lengths.prompt + 2 * lengths.completion
+    cut_rows = longest >= _LONG_ROW or config.train.batch_size < devices
+    for tensor, sequence in itertools.product(
+        _powers_of_two(min(devices, _MOST_TENSOR)), _powers_of_two(devices if cut_rows else 1)
+    ):
+        if devices % (tensor * sequence) or model.heads % tensor or model.mlp % tensor:
             continue
-        for data in _powers_of_two(devices // tensor):
-            fsdp = devices // tensor // data
-            if devices % (tensor * data) or model.embed % fsdp or config.sampling.batch_size % (data * fsdp):
+        for data in _powers_of_two(devices // tensor // sequence):
+            fsdp = devices // tensor // sequence // data
+            mesh = Mesh(data, fsdp, tensor, sequence)
+            if devices % (data * tensor * sequence) or model.embed % (fsdp * sequence):
                 continue
-            yield data, fsdp, tensor
+            chosen = dataclasses.replace(config, mesh=mesh.apply(config.mesh))
+            with contextlib.suppress(ConfigError):  # of sampling.batch_size
+                sampling_layout_of(chosen, model, where)
+                yield mesh
 
 
 def _powers_of_two(most: int) -> list[int]:
@@ -217,9 +245,8 @@ def _tokens_per_device(config: RunConfig, pairs: int) -> int:
     return config.train.tokens_per_device or token_budget(longest, pairs)
 
 
-def _count_gib(config: RunConfig, model: QwenConfig, mesh: tuple[int, int, int], tokens: int, remat: str) -> float:
-    train = config.train
-    _, fsdp, tensor = mesh
+def _count_gib(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int, remat: str) -> float:
+    train, tensor = config.train, mesh.tensor
     moments = _BYTES[train.moment_dtype] * (2 if train.optimizer == "adamw" else 1)
     state = model.num_parameters * (_BYTES[train.master_dtype] + moments + _BYTES[train.gradient_dtype])
     width = _BYTES[config.model.compute_dtype]
@@ -227,24 +254,26 @@ def _count_gib(config: RunConfig, model: QwenConfig, mesh: tuple[int, int, int],
     kept = {"layer": model.embed, "offload": 0, "dots": 3 * model.embed + (heads + 3 * model.mlp) // tensor}[remat]
     layer = (model.num_parameters - 2 * model.vocab_size * model.embed) // model.layers
     working = tokens * _WIDE_BUFFERS * model.mlp * 2 // tensor + 3 * 2 * layer // tensor
-    return (state / (fsdp * tensor) + model.layers * tokens * kept * width + working) / GIB
+    return (state / mesh.weights + model.layers * tokens * kept * width + working) / GIB
 
 
-def _count_seconds(
-    config: RunConfig, model: QwenConfig, mesh: tuple[int, int, int], tokens: int, remat: str, where: Slice
-) -> float:
-    data, fsdp, tensor = mesh
+def _count_seconds(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int, remat: str, where: Slice) -> float:
+    data, _, tensor, sequence = mesh
     chip, lengths = where.chip, PairLengths.of(config)
     flops = 3 * config.train.batch_size * forward_flops(model, lengths.prompt, lengths.completion, lengths.completion)
     again = 1.0 if remat == "dots" else 4 / 3
     compute = again * flops / len(where.devices) / (KERNEL_SHARE * chip.peak_flops)
     pairs = lengths.prompt + 2 * lengths.completion
-    micro_batches = config.train.batch_size * pairs / (tokens * data * fsdp)
+    micro_batches = config.train.batch_size * pairs / (tokens * sequence * mesh.rows)
     ring = 2 * chip.link_bytes
     # Weights forward and again backward, gradients back; over `data` the gradients of every micro-batch meet.
-    weights = 3 * 2 * model.num_parameters / tensor * (fsdp - 1) / fsdp / ring
-    gradients = 2 * 4 * model.num_parameters / (fsdp * tensor) * (data - 1) / data / ring
+    shared = mesh.fsdp * sequence
+    weights = 3 * 2 * model.num_parameters / tensor * (shared - 1) / shared / ring
+    gradients = 2 * 4 * model.num_parameters / mesh.weights * (data - 1) / data / ring
     # Two sums of activations a layer forward, two backward, and those that are made again.
     sums = 4 if remat == "dots" else 6
     activations = sums * model.layers * 2 * tokens * model.embed * 2 * (tensor - 1) / tensor / ring
-    return max(compute, micro_batches * weights) + micro_batches * (gradients + activations)
+    # Keys and values of whole rows forward, again backward, and their gradients.
+    heads = 2 * model.kv_heads * model.head_dim / min(tensor, model.kv_heads)
+    rows = 3 * model.layers * tokens * heads * 2 * (sequence - 1) / ring
+    return max(compute, micro_batches * weights) + micro_batches * (gradients + activations + rows)

@@ -17,6 +17,7 @@ from typing import Any
 from drift_jax.errors import ConfigError
 
 EXAMPLES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v6e:2x2", "v6e:4x4", "v6e:8x8")
+_HOST = "2x2x1"  # chips of a host, as the compiler lays slices out
 _NAME = re.compile(r"(v\w+):(\d+(?:x\d+)+)")
 _GIB = 2**30
 
@@ -53,6 +54,7 @@ class Slice:
     devices: Sequence[Any]
     chip: Chip
     note: str  # what a reader of the figures must know about them
+    host: Sequence[Any] = ()  # those of one of several hosts, as a slice of their own; empty: there is one host
 
 
 def open_slice(topology: str) -> Slice:
@@ -81,16 +83,24 @@ def open_slice(topology: str) -> Slice:
     _use_cpu(jax)
     from jax.experimental import topologies
 
-    options = {"chips_per_host_bounds": (1, 1, 1)} if set(found[2].split("x")) == {"1"} else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        devices = _describe_slice(topologies, topology)
+        hosts = len({device.process_index for device in devices})
+        # For a part of a slice the compiler cannot compile: it stops the process.
+        host = _describe_slice(topologies, f"{found[1]}:{_HOST}") if hosts > 1 else ()
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"--topology {topology}: the TPU compiler refuses it ({str(error).splitlines()[0]}). "
             f"Slices are for example {', '.join(EXAMPLES)}."
         ) from None
-    note = f"compiled by the TPU compiler for {len(devices)} devices"
-    return Slice(topology, devices, CHIPS[found[1]], note)
+    note = f"compiled by the TPU compiler for {len(devices)} devices on {hosts} host{'s' * (hosts > 1)}"
+    return Slice(topology, devices, CHIPS[found[1]], note, host)
+
+
+def _describe_slice(topologies: Any, name: str) -> Sequence[Any]:
+    sides = set(name.partition(":")[2].split("x"))
+    options = {"chips_per_host_bounds": (1, 1, 1)} if sides == {"1"} else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
 def _accelerator_type(generation: str, shape: str) -> str:

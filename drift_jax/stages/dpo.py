@@ -9,15 +9,16 @@ from typing import Any, NamedTuple, final
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from drift_jax.checkpoint import Checkpointer
 from drift_jax.config import RunConfig
-from drift_jax.data.batches import PairLoader
+from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import build_rules
+from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
+from drift_jax.files import write_json
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.attention import resolve_attention
@@ -25,10 +26,9 @@ from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
 from drift_jax.progress import StageProgress, stage_progress
-from drift_jax.records import write_json
-from drift_jax.sharding import batch_ways, build_mesh, check_batch
+from drift_jax.sharding import Layout, build_layout, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
-from drift_jax.stages.reference import RefLogps, read_ref_logps, write_ref_logps
+from drift_jax.stages.reference import RefLogps, share_ref_logps, write_ref_logps
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
 from drift_jax.train import Metrics, PairScores, Trainer, TrainState, evaluate_scores, host_metrics
@@ -48,8 +48,8 @@ class TrainJob:
 
 def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     """Reference pass, then DPO; leaves the last checkpoint, metrics.jsonl and eval.json."""
-    mesh = build_mesh(config.mesh)
-    check_batch(mesh, config.train.batch_size, config.train.accumulation_steps)
+    layout = build_layout(config.mesh)
+    check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
     tokenizer = open_tokenizer(job.model_dir)
     cache = job.out_dir / "tokens"
     train = load_tokenized(config, job.train_pairs, tokenizer, cache, console)
@@ -65,7 +65,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         )
     for line in (describe_rules(config), describe_cuts(train, test), describe_optimizer(config.train, steps)):
         console.print(line, highlight=False, soft_wrap=True)
-    trainer = build_trainer(config, job.model_dir, mesh, steps)
+    trainer = build_trainer(config, job.model_dir, layout, steps)
     job.out_dir.mkdir(parents=True, exist_ok=True)
     run = _Stage(config, job, trainer, train, test, steps, console)
     for message in warnings:
@@ -75,14 +75,15 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         with StageTimer() as timer:
             state = run.fit(state, checkpointer, timer)
         final = run.evaluate(state)
-    write_json(job.out_dir / "eval.json", {"step": steps, "pairs": len(test.pairs), **final})
+    on_main(lambda: write_json(job.out_dir / "eval.json", {"step": steps, "pairs": len(test.pairs), **final}))
+    losses = on_main(lambda: [row["loss"] for row in read_metrics(job.out_dir) if "loss" in row])
     return {
         "pairs": len(train.pairs),
         "held_out": len(test.pairs),
         "drops": sum_drops([train, test]),
         "truncation": dataclasses.asdict(train.cuts),
         "steps": steps,
-        "loss": float(np.mean([row["loss"] for row in read_metrics(job.out_dir) if "loss" in row])),
+        "loss": float(np.mean(losses)),
         "tokens_per_second": timer.tokens_per_second,
         "warnings": run.warnings,
         **final,
@@ -125,11 +126,12 @@ class _Stage:
         """The state to go on from: the newest checkpoint, or the starting policy. Sets `ref`."""
         job, every = self.job, self.train + self.test
         path = job.out_dir / "ref_logps.npz"
-        ref, params = read_ref_logps(path, every), None
+        ref, params = share_ref_logps(path, every), None
         if ref is None:
             params = self._open(job.reference_dir)
             ref = self._reference(params)
-            write_ref_logps(path, every, ref)
+            found = ref
+            on_main(lambda: write_ref_logps(path, every, found))
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
         self.ref = ref
@@ -144,7 +146,7 @@ class _Stage:
     def fit(self, state: TrainState, checkpointer: Checkpointer, timer: StageTimer) -> TrainState:
         """All updates that are left, with their metrics, guards, evaluations and checkpoints."""
         config, tracking, first = self.config, self.config.tracking, int(state.step)
-        loader = build_loader(config, self.trainer.mesh, self.train, self.ref)
+        loader = build_loader(config, self.trainer.layout, self.train, self.ref)
         meta = {"train": dataclasses.asdict(config.train), "pairs": len(self.train), "epochs": self.job.epochs}
         with (
             MetricsWriter(
@@ -152,7 +154,8 @@ class _Stage:
             ) as writer,
             stage_progress("DPO", self.steps - first, "updates", console=self.console) as bar,
         ):
-            watch = RewardWatch(config.train, self.steps, read_metrics(self.job.out_dir) if first else ())
+            earlier = on_main(lambda: read_metrics(self.job.out_dir)) if first else ()
+            watch = RewardWatch(config.train, self.steps, earlier)
             self.warnings += watch.earlier
             report = _Report(self, writer, watch, bar, timer, loader.steps_per_epoch)
             late: _Update | None = None
@@ -191,7 +194,7 @@ class _Stage:
 
     def _reference(self, params: Any) -> RefLogps:
         """Of the pairs to train on, in the batches of the first epoch, then of the held-out ones."""
-        loader = build_loader(self.config, self.trainer.mesh, self.train)
+        loader = build_loader(self.config, self.trainer.layout, self.train)
         with stage_progress("reference log-probs", len(self.train), "pairs", console=self.console) as bar:
             train = self.trainer.score_pairs(params, loader, bar.advance, as_trained=True)
         if not self.test:
@@ -209,7 +212,7 @@ class _Stage:
             size,
             1,
             self.config.data.max_length,
-            ways=batch_ways(self.trainer.mesh),
+            split=batch_split(self.trainer.layout),
             tokens_per_device=t.tokens_per_device,
             attention=self.trainer.setup.attention.name,
         )
@@ -220,7 +223,7 @@ class _Stage:
         """The parameters of a model directory, in the dtype of the master weights."""
         c = self.config
         return open_policy(
-            model_dir, self.trainer.mesh, c.model.compute_dtype, c.train.master_dtype, self.console
+            model_dir, self.trainer.layout, c.model.compute_dtype, c.train.master_dtype, self.console
         ).params
 
 
@@ -256,15 +259,17 @@ class _Report:
         self.bar.advance(1, f"loss {numbers['loss']:.4f}, margin {numbers['rewards/margins']:+.4f}")
 
 
-def build_trainer(config: RunConfig, model_dir: Path, mesh: Mesh, steps: int) -> Trainer:
+def build_trainer(config: RunConfig, model_dir: Path, layout: Layout, steps: int) -> Trainer:
     """The trainer of a stage of `steps` updates that starts from `model_dir`, as the config wants it."""
     architecture = PAD_EMBEDDINGS[config.model.pad_embedding](load_qwen_config(model_dir))
     graphdef, declared = declare_qwen(architecture, jnp.dtype(config.model.compute_dtype))
     model = config.model
-    return Trainer(graphdef, declared, mesh, config.train, model.remat, steps, model.attention, model.scan_layers)
+    return Trainer(graphdef, declared, layout, config.train, model.remat, steps, model.attention, model.scan_layers)
 
 
-def build_loader(config: RunConfig, mesh: Mesh, pairs: list[TokenizedPair], ref: RefLogps | None = None) -> PairLoader:
+def build_loader(
+    config: RunConfig, layout: Layout, pairs: list[TokenizedPair], ref: RefLogps | None = None
+) -> PairLoader:
     """The loader of the pairs to train on. `ref` may go on after the pairs; None: zeros, for the reference pass."""
     t, count = config.train, len(pairs)
     zeros = np.zeros((count, 2))
@@ -278,9 +283,9 @@ def build_loader(config: RunConfig, mesh: Mesh, pairs: list[TokenizedPair], ref:
         group_cut=build_rules(config.data).truncation.group_cut,
         group_size=t.group_size,
         ref_last_logps=zeros if ref is None else ref.last_logps[:count],
-        ways=batch_ways(mesh),
+        split=batch_split(layout),
         tokens_per_device=t.tokens_per_device,
-        attention=resolve_attention(config.model.attention, mesh.devices.flat[0].platform).name,
+        attention=resolve_attention(config.model.attention, layout.platform).name,
     )
 
 

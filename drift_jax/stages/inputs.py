@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
 from rich.console import Console
 
 from drift_jax.config import RunConfig
@@ -18,6 +17,7 @@ from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.progress import stage_progress
 from drift_jax.records import DsatRecord, read_dsat
+from drift_jax.sharding import Layout
 
 Summary = dict[str, Any]
 
@@ -55,7 +55,7 @@ def open_tokenizer(model_dir: Path) -> ChatTokenizer:
     return tokenizer
 
 
-def open_policy(model_dir: Path, mesh: Mesh, compute_dtype: str, param_dtype: str, console: Console) -> Policy:
+def open_policy(model_dir: Path, layout: Layout, compute_dtype: str, param_dtype: str, console: Console) -> Policy:
     """`load_policy` with a progress bar in MB."""
     with contextlib.ExitStack() as stack:
         bars: list[Any] = []
@@ -66,7 +66,7 @@ def open_policy(model_dir: Path, mesh: Mesh, compute_dtype: str, param_dtype: st
                 bars.append(stack.enter_context(bar))
             bars[0].advance(min(round(size / 10**6), bars[0].total - bars[0].count))
 
-        return load_policy(model_dir, mesh, compute_dtype, param_dtype, advance)
+        return load_policy(model_dir, layout, compute_dtype, param_dtype, advance)
 
 
 def report_refused(refused: list[str], config: RunConfig) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from drift_jax.config import RunConfig
-from drift_jax.records import Message, write_json
+from drift_jax.distributed import on_main
+from drift_jax.files import write_json
+from drift_jax.records import Message
 from drift_jax.sampling.base import SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
-from drift_jax.sharding import batch_ways, build_mesh
+from drift_jax.sharding import build_layout, for_sampling
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 
 _MAX_NEW_TOKENS = 96
@@ -21,14 +23,14 @@ def showcase_stage(config: RunConfig, before: Path, after: Path, out_path: Path,
     prompts = config.recipe.showcase_prompts
     replies = [_answer(config, model_dir, prompts, console) for model_dir in (before, after)]
     rows = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *replies, strict=True)]
-    write_json(out_path, rows)
+    on_main(lambda: write_json(out_path, rows))
     return {}
 
 
 def _answer(config: RunConfig, model_dir: Path, prompts: tuple[str, ...], console: Console) -> list[str]:
     tokenizer = open_tokenizer(model_dir)
     dtype = config.sampling.compute_dtype
-    policy = open_policy(model_dir, build_mesh(config.mesh), dtype, dtype, console)
+    policy = open_policy(model_dir, for_sampling(build_layout(config.mesh)), dtype, dtype, console)
     params = SamplingParams(
         temperature=0.0,
         top_p=1.0,
@@ -42,6 +44,6 @@ def _answer(config: RunConfig, model_dir: Path, prompts: tuple[str, ...], consol
         SampleRequest(str(i), 0, tuple(tokenizer.encode_chat([Message("user", prompt)])))
         for i, prompt in enumerate(prompts)
     ]
-    ways = batch_ways(policy.mesh)
+    ways = policy.layout.ways("batch")
     completions = LocalSampler(policy, -(-len(prompts) // ways) * ways).sample(requests, params)
     return [tokenizer.decode(c.token_ids) for c in completions]

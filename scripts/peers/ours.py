@@ -21,7 +21,7 @@ from handover import PART_NAMES, FedIds, Result, Task, installed_versions, read_
 from drift_jax.config import RunConfig, apply_override, build_config  # noqa: E402
 from drift_jax.data.pairs import TokenizedPair  # noqa: E402
 from drift_jax.models.policy import load_policy  # noqa: E402
-from drift_jax.sharding import build_mesh  # noqa: E402
+from drift_jax.sharding import build_layout  # noqa: E402
 from drift_jax.stages.dpo import build_loader, build_trainer  # noqa: E402
 from drift_jax.stages.reference import RefLogps  # noqa: E402
 from drift_jax.train import host_metrics  # noqa: E402
@@ -51,12 +51,12 @@ def make_config(task: Task) -> RunConfig:
 
 def run_epoch(config: RunConfig, trainer: Any, pairs: list[TokenizedPair], steps: int) -> dict[str, Any]:
     """Reference pass and updates on fresh weights; loading them is not in the times."""
-    params = load_policy(Path(config.model.path), trainer.mesh, config.model.compute_dtype).params
+    params = load_policy(Path(config.model.path), trainer.layout, config.model.compute_dtype).params
     jax.block_until_ready(params)
     start = time.perf_counter()
-    scores = trainer.score_pairs(params, build_loader(config, trainer.mesh, pairs), as_trained=True)
+    scores = trainer.score_pairs(params, build_loader(config, trainer.layout, pairs), as_trained=True)
     reference_seconds = time.perf_counter() - start
-    loader = build_loader(config, trainer.mesh, pairs, RefLogps(scores.logps, scores.last_logps))
+    loader = build_loader(config, trainer.layout, pairs, RefLogps(scores.logps, scores.last_logps))
     metrics = [metrics for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, steps)]
     rows = [host_metrics(row) for row in metrics]  # waits for the last update
     seconds = time.perf_counter() - start
@@ -71,7 +71,7 @@ def main() -> None:
         parts = [np.asarray(pair[name], np.int32) for name in PART_NAMES]
         pairs.append(TokenizedPair(str(i), *parts))
         fed.add(*parts)
-    trainer = build_trainer(config, Path(task.model_dir), build_mesh(config.mesh, jax.devices()[:1]), task.steps)
+    trainer = build_trainer(config, Path(task.model_dir), build_layout(config.mesh, jax.devices()[:1]), task.steps)
     first = run_epoch(config, trainer, pairs, task.steps)
     say(f"drift_jax: {first['seconds']:.1f} s with compiling")
     second = run_epoch(config, trainer, pairs, task.steps)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from drift_jax.config import DataConfig
 from drift_jax.data.batches import PairBatch, PairLoader, count_tokens, epoch_order, pair_tokens
-from drift_jax.data.packing import COSTS, BatchShape
+from drift_jax.data.packing import COSTS, BatchShape, Split
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.records import Pair, read_dsat
@@ -93,7 +93,7 @@ def test_padding_sees_itself_only() -> None:
 def test_rows_are_dealt_out_over_the_devices() -> None:
     """Four rows for four devices that could take two each: every device has one to compute."""
     pairs = [make_pair(str(i), list(range(70)), [50], [60]) for i in range(8)]
-    loader = make_loader(pairs, 8, ways=4, tokens_per_device=256)
+    loader = make_loader(pairs, 8, split=Split(4), tokens_per_device=256)
     batch = loader._build(np.arange(4), np.zeros((4, 2), bool), [BatchShape(8, 128)])
     assert (batch.owners[0] >= 0).sum(axis=1).tolist() == [2, 2, 2, 2]
 
@@ -150,7 +150,7 @@ def test_every_token_of_a_batch_is_where_its_pair_says(
 ) -> None:
     """Rebuilt from the batch alone: ids, positions, what is seen, what predicts what."""
     pairs = random_pairs(count, seed, longest)
-    loader = make_loader(pairs, batch_size, seed=seed, ways=ways, tokens_per_device=tokens)
+    loader = make_loader(pairs, batch_size, seed=seed, split=Split(ways), tokens_per_device=tokens)
     for step in range(loader.steps_per_epoch):
         batch, members = loader.shuffled(step), pairs_in(loader, step)
         micro_batches = int(batch.micro_batches)
@@ -235,7 +235,7 @@ def test_a_stage_has_few_shapes() -> None:
 
 def test_the_real_share_counts_what_is_computed(two_pairs: PairLoader) -> None:
     assert two_pairs.real_token_share() == 12 / 128
-    loader = make_loader(random_pairs(30, longest=120), 7, ways=2)
+    loader = make_loader(random_pairs(30, longest=120), 7, split=Split(2))
     batches = [loader.shuffled(step) for step in range(loader.steps_per_epoch)]
     computed = sum(int(batch.micro_batches) * batch.ids[0].size for batch in batches)
     assert loader.real_token_share() == sum(map(count_tokens, batches)) / computed
@@ -258,7 +258,7 @@ def real_pairs() -> list[TokenizedPair]:
 
 def measure_share(pairs: list[TokenizedPair], attention: str, ways: int) -> float:
     zeros = np.zeros((len(pairs), 2))
-    return PairLoader(pairs, zeros, 32, 1, 2048, seed=42, ways=ways, attention=attention).real_token_share()
+    return PairLoader(pairs, zeros, 32, 1, 2048, seed=42, split=Split(ways), attention=attention).real_token_share()
 
 
 @pytest.mark.parametrize("attention", COSTS)

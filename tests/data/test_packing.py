@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from drift_jax.data.packing import (
     ROW_MULTIPLE,
+    UNSPLIT,
     BatchShape,
+    Split,
     choose_shape,
     count_micro_batches,
     most_micro_batches,
@@ -68,7 +70,7 @@ def test_a_pair_longer_than_its_row_is_refused() -> None:
 @given(batches=STAGE, ways=st.sampled_from([1, 2, 8]), budget=st.integers(1, 20_000))
 def test_planned_shapes(batches: list[list[int]], ways: int, budget: int) -> None:
     """Few, divisible, within the budget unless a pair alone is longer, and of use to every update."""
-    shapes = plan_shapes(batches, ways, budget)
+    shapes = plan_shapes(batches, Split(ways), budget)
     longest = max(map(max, batches))
     assert 1 <= len(shapes) <= 3 and len(set(shapes)) == len(shapes)
     assert shapes[0].length >= longest
@@ -79,24 +81,26 @@ def test_planned_shapes(batches: list[list[int]], ways: int, budget: int) -> Non
         shape = choose_shape(lengths, shapes, ways)
         assert max(lengths) <= shape.length
         assert 1 <= count_micro_batches(lengths, shape) <= len(lengths)
-    assert shapes == plan_shapes(batches, ways, budget)
+    assert shapes == plan_shapes(batches, Split(ways), budget)
 
 
 def test_short_updates_get_shorter_rows() -> None:
-    shapes = plan_shapes([[2000, 100], [900, 800], [950, 700]], ways=1, budget=2048)
+    shapes = plan_shapes([[2000, 100], [900, 800], [950, 700]], split=Split(1), budget=2048)
     assert choose_shape([2000, 100], shapes, 1).length == 2048
     assert choose_shape([900, 800], shapes, 1) == BatchShape(1, 1792)
 
 
 def test_rows_of_several_pairs_are_taken_where_they_pack_better() -> None:
     """Pairs of 600 leave 40 % of a row of 1024 or a fifth of 768; five of them fill 3072."""
-    (shape, *_) = plan_shapes([[600] * 20] * 4, ways=4, budget=4096)
+    (shape, *_) = plan_shapes([[600] * 20] * 4, split=Split(4), budget=4096)
     assert shape == BatchShape(4, 3072)
 
 
 def test_rows_are_longer_where_the_back_end_does_not_mind() -> None:
     stage = np.random.default_rng(0).integers(100, 2200, (4, 32)).tolist()
-    longest = {name: max(shape.length for shape in plan_shapes(stage, 1, 32768, name)) for name in ("xla", "triton")}
+    longest = {
+        name: max(shape.length for shape in plan_shapes(stage, UNSPLIT, 32768, name)) for name in ("xla", "triton")
+    }
     assert longest["xla"] <= 8192 < longest["triton"]
 
 
@@ -104,7 +108,7 @@ def test_many_updates_are_planned_on_some_of_them() -> None:
     """The longest pair of all fits, wherever it is."""
     batches = [[100] * 8 for _ in range(1000)]
     batches[999] = [100, 777]
-    shapes = plan_shapes(batches, 1, 1024)
+    shapes = plan_shapes(batches, UNSPLIT, 1024)
     assert shapes[0].length >= 777
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError
 from drift_jax.models import splash, triton
-from drift_jax.models.attention import BACKENDS, attend, attend_by_kernel, resolve_attention
+from drift_jax.models.attention import BACKENDS, attend, attend_per_device, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, find_overlap, place_tokens, to_intervals
-from drift_jax.models.xla import attend_spans, split_spans
-from drift_jax.sharding import build_mesh
+from drift_jax.models.xla import attend_spans, place_spans, split_spans
+from drift_jax.sharding import build_layout, use_layout
 
 KERNELS = {"splash": splash.attend, "triton": triton.attend}
 Pair = tuple[int, int, int]  # tokens of prompt, chosen, rejected
@@ -83,7 +83,7 @@ def attend_in_order(kernel: Callable[..., jax.Array], q: Any, k: Any, v: Any, sp
     """A kernel on rows as they are packed: put into its order, and the result back."""
     places, seen = to_intervals(spans)
     order = jnp.argsort(places, axis=1)
-    return move(attend_by_kernel(kernel, *(move(x, order) for x in (q, k, v)), seen), places)
+    return move(attend_per_device(kernel, *(move(x, order) for x in (q, k, v)), seen), places)
 
 
 def value_and_grads(f: Callable[..., jax.Array], *qkv: jax.Array) -> list[np.ndarray]:
@@ -164,7 +164,7 @@ def test_intervals_are_the_spans_of_the_moved_row(rows: list[list[Pair]]) -> Non
         np.testing.assert_array_equal(np.sort(to), keys)
         np.testing.assert_array_equal(sees[row][np.ix_(to, to)], expected)
     blocks = sees.reshape(2, 4, 16, 8, 8).any(axis=(2, 4))
-    np.testing.assert_array_equal(find_overlap(seen, 16, 8), blocks)
+    np.testing.assert_array_equal(find_overlap(seen, 16, 8, length), blocks)
 
 
 def test_tokens_move_to_their_places() -> None:
@@ -249,7 +249,7 @@ def test_blocks_that_the_kernels_visit(rows: list[list[Pair]], sizes: tuple[int,
             assert first <= first_whole <= end_whole <= end
             assert np.flatnonzero(blocks[row, i].any(axis=(0, 2))).tolist() == list(range(first, end))
             assert np.flatnonzero(blocks[row, i].all(axis=(0, 2))).tolist() == list(range(first_whole, end_whole))
-        for j, (first, before, after_gap, count) in enumerate(triton._find_queries(seen, launch)[row].tolist()):
+        for j, (first, before, after_gap, count) in enumerate(triton._find_queries(seen, launch, length)[row].tolist()):
             visited = [first + n if n < before else after_gap + n - before for n in range(count)]
             assert visited == np.flatnonzero(blocks[row, :, :, j].any(axis=(1, 2))).tolist()
 
@@ -279,7 +279,7 @@ def test_triton_on_a_gpu_equals_xla(dim: int, dtype: Any) -> None:
 @example([[(8, 32, 24)]])  # the block of rejected tokens does not need those of chosen ones
 def test_xla_goes_through_the_blocks_that_are_seen(rows: list[list[Pair]]) -> None:
     size, length = 8, 128
-    seen = split_spans(make_spans(rows, length), size, length // size)
+    seen = split_spans(place_spans(make_spans(rows, length)), size, length // size)
     expected = make_mask(rows, length).reshape(len(rows), length // size, size, length // size, size).any((0, 2, 4))
     for order, count, blocks in zip(seen.needed, seen.count, expected, strict=True):
         assert sorted(order[:count].tolist()) == np.flatnonzero(blocks).tolist()
@@ -316,20 +316,28 @@ def test_blocks_that_nothing_sees_are_skipped(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])  # the last splits 2 kv heads 4 ways
-def test_kernels_are_split_over_the_mesh(name: str, sizes: tuple[int, int, int]) -> None:
-    q, k, v = random_qkv(128, heads=4, dim=16, rows=8)
-    spans = make_spans([[(20 + row, 30, 40 - row)] for row in range(8)], 128)
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 1, 4)])  # 2 kv heads 4 ways, too
+def test_kernels_are_split_over_the_mesh(name: str, sizes: tuple[int, int, int, int]) -> None:
+    """Of a row whose tokens are split, each device's queries see keys of all of them, and some keys no query of it."""
+    length = 128 * sizes[3]
+    q, k, v = random_qkv(length, heads=4, dim=16, rows=8)
+    spans = make_spans(
+        [
+            [(20 + row, 30, 40 - row), (30, 7, 9)] if sizes[3] == 1 else [(150, 70, 90), (40, 30, 30 + row)]
+            for row in range(8)
+        ],
+        length,
+    )
     _, seen = to_intervals(spans)
-    kernel = partial(attend_by_kernel, partial(KERNELS[name], interpret=True))
+    kernel = partial(attend_per_device, partial(KERNELS[name], interpret=True))
     expected = value_and_grads(lambda *qkv: kernel(*qkv, seen), q, k, v)
-    with jax.set_mesh(build_mesh(MeshConfig(*sizes))):
+    with use_layout(build_layout(MeshConfig(*sizes))):
         ours = value_and_grads(lambda *qkv: kernel(*qkv, seen), q, k, v)
         out = jax.jit(kernel)(q, k, v, seen)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert {shard.data.shape for shard in out.addressable_shards} == {
-        (8 // (sizes[0] * sizes[1]), 128, 4 // sizes[2], 16)
+        (8 // (sizes[0] * sizes[1]), length // sizes[3], 4 // sizes[2], 16)
     }
 
 

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError, ModelError, StageError
 from drift_jax.models.hf import load_params, load_qwen_config, resolve_model, save_hf
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import Layout, build_layout
 from tests.full_disk import full_disk  # noqa: F401
 from tests.tiny_models import build_tiny_model
 
 
-def single_mesh() -> jax.sharding.Mesh:
-    return build_mesh(MeshConfig(), jax.devices()[:1])
+def single_device() -> Layout:
+    return build_layout(MeshConfig(), jax.devices()[:1])
 
 
 def read_all(model_dir: Path) -> dict[str, np.ndarray]:
@@ -49,7 +49,7 @@ def model_dir(tmp_path: Path) -> Path:
 def test_round_trip_is_bit_identical(tmp_path: Path, kind: str, tied: bool, dtype: str) -> None:
     source = build_tiny_model(tmp_path / "source", kind, tied)
     recast(source, dtype)
-    save_hf(load_params(source, single_mesh()), source, tmp_path / "out", dtype)
+    save_hf(load_params(source, single_device()), source, tmp_path / "out", dtype)
     before, after = read_all(source), read_all(tmp_path / "out")
     assert before.keys() == after.keys()
     for name in before:
@@ -59,20 +59,20 @@ def test_round_trip_is_bit_identical(tmp_path: Path, kind: str, tied: bool, dtyp
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_round_trip_over_a_mesh_and_many_shards(model_dir: Path, tmp_path: Path, sizes: tuple[int, int, int]) -> None:
-    mesh = build_mesh(MeshConfig(*sizes))
-    save_hf(load_params(model_dir, mesh), model_dir, tmp_path / "out", "float32", max_shard_gib=1e-4)
+    layout = build_layout(MeshConfig(*sizes))
+    save_hf(load_params(model_dir, layout), model_dir, tmp_path / "out", "float32", max_shard_gib=1e-4)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     before, after = read_all(model_dir), read_all(tmp_path / "out")
     assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
     # And the sharded index can be read back, by us and by transformers.
-    again = load_params(tmp_path / "out", mesh)
+    again = load_params(tmp_path / "out", layout)
     np.testing.assert_array_equal(again["embed"], before["model.embed_tokens.weight"])
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_a_device_holds_only_its_part(model_dir: Path) -> None:
-    params = load_params(model_dir, build_mesh(MeshConfig(1, 4, 2)))
+    params = load_params(model_dir, build_layout(MeshConfig(1, 4, 2)))
     q = params["blocks"]["attention"]["q"]
     assert q.addressable_shards[0].data.shape == (3, 64 // 4, 4 // 2, 16)
 
@@ -82,7 +82,7 @@ def test_missing_and_left_over_tensors_are_named(model_dir: Path) -> None:
     tensors["model.layers.7.extra.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, model_dir / "model.safetensors")
     with pytest.raises(ModelError) as caught:
-        load_params(model_dir, single_mesh())
+        load_params(model_dir, single_device())
     assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
     assert "model.layers.7.extra.weight" in str(caught.value)
 
@@ -90,27 +90,27 @@ def test_missing_and_left_over_tensors_are_named(model_dir: Path) -> None:
 def test_a_wrong_shape_is_named(model_dir: Path) -> None:
     edit_config(model_dir, intermediate_size=128)
     with pytest.raises(ModelError, match=r"up_proj.weight has shape \(96, 64\), config.json means \(128, 64\)"):
-        load_params(model_dir, single_mesh())
+        load_params(model_dir, single_device())
 
 
 def test_a_truncated_file_is_refused(model_dir: Path) -> None:
     path = model_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"model.safetensors is not a whole safetensors file"):
-        load_params(model_dir, single_mesh())
+        load_params(model_dir, single_device())
 
 
 def test_pickles_are_refused(model_dir: Path) -> None:
     (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model.bin: pickles can run code"):
-        load_params(model_dir, single_mesh())
+        load_params(model_dir, single_device())
 
 
 def test_a_missing_shard_is_named(model_dir: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors is named by the index file but missing"):
-        load_params(model_dir, single_mesh())
+        load_params(model_dir, single_device())
 
 
 def test_a_differing_tied_head_is_refused(tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_a_differing_tied_head_is_refused(tmp_path: Path) -> None:
     tensors = read_all(source)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, source / "model.safetensors")
-    load_params(source, single_mesh())
+    load_params(source, single_device())
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(ModelError, match="lm_head.weight differs"):
-        load_params(source, single_mesh())
+        load_params(source, single_device())
 
 
 @pytest.mark.parametrize(
@@ -172,17 +172,17 @@ def test_a_hub_id_without_the_hub_is_one_message(monkeypatch: pytest.MonkeyPatch
 def test_an_indivisible_mesh_is_refused_with_both_numbers(tmp_path: Path) -> None:
     source = build_tiny_model(tmp_path / "m", hidden_size=60, num_attention_heads=4)
     with pytest.raises(ConfigError, match="size 60 cannot be split 8 ways"):
-        load_params(source, build_mesh(MeshConfig(1, 8, 1)))
+        load_params(source, build_layout(MeshConfig(1, 8, 1)))
 
 
 def test_kv_heads_fewer_than_the_tensor_axis_are_replicated(tmp_path: Path) -> None:
     source = build_tiny_model(tmp_path / "m", num_attention_heads=8, num_key_value_heads=2)
-    params = load_params(source, build_mesh(MeshConfig(1, 2, 4)))
+    params = load_params(source, build_layout(MeshConfig(1, 2, 4)))
     assert params["blocks"]["attention"]["k"].addressable_shards[0].data.shape[2] == 2
 
 
 def test_a_full_disk_leaves_nothing(model_dir: Path, tmp_path: Path, full_disk: Path) -> None:
-    params = load_params(model_dir, single_mesh())
+    params = load_params(model_dir, single_device())
     with pytest.raises(StageError, match="No space left on device.*Nothing was left behind"):
         save_hf(params, model_dir, full_disk / "out", "float32")
     assert list(full_disk.iterdir()) == []
@@ -192,6 +192,6 @@ def test_an_old_directory_is_replaced_whole(model_dir: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     shutil.copytree(model_dir, out)
     (out / "stale.txt").write_text("x")
-    save_hf(load_params(model_dir, single_mesh()), model_dir, out, "bfloat16")
+    save_hf(load_params(model_dir, single_device()), model_dir, out, "bfloat16")
     assert not (out / "stale.txt").exists()
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"

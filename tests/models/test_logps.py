@@ -16,7 +16,7 @@ import torch
 from drift_jax.config import MeshConfig
 from drift_jax.models import logps
 from drift_jax.models.logps import Tile, choose_tile, token_logps
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout, use_layout
 
 ROWS, LENGTH, DIM, VOCAB, LISTED = 8, 20, 16, 48, 16
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
@@ -106,7 +106,7 @@ def test_a_tile_by_platform(platform: str, groups: int, vocab: int) -> None:
 @pytest.mark.mesh
 def test_a_tile_on_a_mesh() -> None:
     """Of four groups of rows a device sees two, and a quarter of the words."""
-    with jax.set_mesh(build_mesh(MeshConfig(2, 2, 2))):
+    with use_layout(build_layout(MeshConfig(2, 2, 2))):
         tile = choose_tile("tpu", 4, 152064)
     assert tile.words == 152064 and 2**24 < tile.tokens * (4 // 2) * (tile.words // 4) <= 2**25
 
@@ -185,7 +185,7 @@ def test_one_pass_on_meshes(sizes: tuple[int, int, int]) -> None:
 
     with (
         patch.object(logps, "_sum_up", at_once),
-        jax.set_mesh(build_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])),
+        use_layout(build_layout(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])),
     ):
         seen = jax.device_get(jax.jit(partial(ours.__wrapped__, tile=Tile(5, VOCAB)))(case))
     assert_close(seen, judge(case), 1e-5)
@@ -267,7 +267,7 @@ def test_bfloat16_states_give_float32_log_probs() -> None:
 
 
 def on_mesh(case: Case, sizes: tuple[int, int, int], tile: Tile | None, head_grads: Any = None) -> Judged:
-    with jax.set_mesh(build_mesh(MeshConfig(*sizes))):
+    with use_layout(build_layout(MeshConfig(*sizes))):
         return jax.device_get(ours(case, LISTED, head_grads, tile))
 
 
@@ -293,16 +293,16 @@ def test_a_vocabulary_that_the_mesh_does_not_cut_evenly(sizes: tuple[int, int, i
 
 def compiled_on_mesh(vocab: int) -> str:
     case = jax.eval_shape(lambda: make_case(vocab))
-    with jax.set_mesh(build_mesh(MeshConfig(1, 2, 4))):
+    with use_layout(build_layout(MeshConfig(1, 2, 4))):
         return ours.lower(case, LISTED, None, Tile(4, vocab)).compile().as_text()
 
 
 @pytest.mark.mesh
 def test_each_device_makes_the_logits_of_its_slice_of_the_vocabulary() -> None:
-    """48 over fsdp x tensor: 6 ids a device, of all 8 rows. 44 keeps to the tensor axis: 11 ids, of 4 rows."""
+    """48 over fsdp x tensor: 6 ids a device, of all 8 rows. 44 are filled up to 48."""
     even, uneven = compiled_on_mesh(48), compiled_on_mesh(44)
     assert "f32[8,4,6]" in even and "f32[4,4,11]" not in even
-    assert "f32[4,4,11]" in uneven and "f32[8,4,6]" not in uneven
+    assert "f32[8,4,6]" in uneven and "f32[4,4,11]" not in uneven
 
 
 # --- memory -------------------------------------------------------------------------------------------------

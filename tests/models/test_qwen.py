@@ -22,7 +22,7 @@ from drift_jax.models.logps import Tile, token_logps
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.models.stack import REMAT
 from drift_jax.models.xla import attend_spans
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import Layout, build_layout, use_layout
 from tests.tiny_models import VOCAB, build_tiny_model
 
 KINDS = {"qwen2": ("qwen2", False), "qwen2-tied": ("qwen2", True), "qwen3": ("qwen3", False)}
@@ -34,13 +34,13 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return build_tiny_model(tmp_path_factory.mktemp("model") / request.param, kind, tied)
 
 
-def single_mesh() -> jax.sharding.Mesh:
-    return build_mesh(MeshConfig(), jax.devices()[:1])
+def single_device() -> Layout:
+    return build_layout(MeshConfig(), jax.devices()[:1])
 
 
-def load(model_dir: Path, mesh: jax.sharding.Mesh | None = None):
+def load(model_dir: Path, layout: Layout | None = None):
     graphdef, _ = declare_qwen(load_qwen_config(model_dir))
-    return graphdef, load_params(model_dir, mesh or single_mesh())
+    return graphdef, load_params(model_dir, layout or single_device())
 
 
 def positions_like(ids: jax.Array) -> jax.Array:
@@ -89,9 +89,9 @@ def test_a_broken_part_is_seen(model_dir: Path, broken: str) -> None:
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_logits_do_not_depend_on_the_mesh(model_dir: Path, sizes: tuple[int, int, int]) -> None:
     ids = jnp.asarray(random_ids(8, 24))
-    mesh = build_mesh(MeshConfig(*sizes))
-    graphdef, params = load(model_dir, mesh)
-    with jax.set_mesh(mesh):
+    layout = build_layout(MeshConfig(*sizes))
+    graphdef, params = load(model_dir, layout)
+    with use_layout(layout):
         sharded = jax.jit(our_logits, static_argnums=0)(graphdef, params, ids)
     np.testing.assert_allclose(np.asarray(sharded), our_logits(*load(model_dir), ids), atol=2e-5)
 
@@ -209,9 +209,9 @@ def test_gradients_do_not_depend_on_the_mesh(model_dir: Path, sizes: tuple[int, 
     ids = jnp.asarray(random_ids(8, 16))
     graphdef, params = load(model_dir)
     expected = gradients(graphdef, params, None, ids, "layer")
-    mesh = build_mesh(MeshConfig(*sizes))
-    _, split = load(model_dir, mesh)
-    with jax.set_mesh(mesh):
+    layout = build_layout(MeshConfig(*sizes))
+    _, split = load(model_dir, layout)
+    with use_layout(layout):
         grads = gradients(graphdef, split, jax.tree.map(jnp.zeros_like, split), ids, "layer")
     assert_close(jax.device_get(grads), expected)
 

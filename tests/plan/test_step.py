@@ -35,7 +35,7 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor"
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_step_sends_neither_rows_nor_logits_nor_whole_parameters(mesh: dict[str, int]) -> None:
     config = tiny_config(mesh=mesh, train={"batch_size": 16, "accumulation_steps": 2})
-    programs = build_programs(config, ARCHITECTURE, eight_devices().devices)
+    programs = build_programs(config, ARCHITECTURE, eight_devices())
     program = read_program(programs.compile("train").as_text())
     assert find_faults(program, programs.mesh_sizes, Sizes.of(programs)) == []
     # Weights are gathered all the same: within the layers' loop, for every micro-batch.
@@ -145,5 +145,5 @@ def test_7b_step_for_sixteen_tpu_chips(tmp_path: Path) -> None:
 
 def sizes_of_step(raw: dict[str, Any], row: dict[str, Any]) -> Sizes:
     """Of the step of a row, whose devices are not here: shapes as on eight of them, lengths as the row says."""
-    programs = build_programs(build_config(raw), ARCHITECTURES["qwen2.5-7b"], eight_devices().devices)
+    programs = build_programs(build_config(raw), ARCHITECTURES["qwen2.5-7b"], eight_devices())
     return Sizes.of(programs)._replace(lengths=(row["row_length"],), devices=16)

@@ -15,7 +15,7 @@ from drift_jax.errors import ConfigError
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.sampling.base import SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler, prompt_bucket
-from drift_jax.sharding import build_mesh
+from drift_jax.sharding import build_layout
 from tests.tiny_models import VOCAB, build_tiny_model
 
 EOS = (1, 2)
@@ -30,7 +30,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def open_policy(model_dir: Path, sizes: tuple[int, int, int] = (1, 1, 1)) -> Policy:
-    return load_policy(model_dir, build_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))]), "float32")
+    return load_policy(model_dir, build_layout(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))]), "float32")
 
 
 def requests() -> list[SampleRequest]:

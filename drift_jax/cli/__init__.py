@@ -1,0 +1,45 @@
+"""The `drift` command: parse, call, print. Exit code 2 and one message for what the user can mend."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+from rich.markup import escape
+
+from drift_jax.cli import stages, tools
+from drift_jax.cli.options import build_console
+from drift_jax.cli.processes import across_processes, end_together, is_mine_to_tell, tell_lost_peer
+from drift_jax.errors import DriftError
+
+app = typer.Typer(
+    name="drift",
+    help="DRIFT: trains a chat model from the replies its users were unhappy with.\n\n"
+    "Start with `drift doctor`, then `drift run configs/quickstart.yaml`. Every command takes `--help`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (stages.run, stages.sample, stages.train, stages.export):
+    app.command()(across_processes(command))
+for command in (tools.presets, tools.doctor):
+    app.command()(command)
+app.add_typer(tools.config_app, name="config")
+
+
+def main() -> None:
+    """Console entry point."""
+    # transformers brings tokenizers and templates here; that torch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        app()
+    except DriftError as error:
+        if is_mine_to_tell(error):
+            build_console(stderr=True).print(
+                f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+            )
+        end_together(2)
+    except Exception as error:
+        tell_lost_peer(error)
+        end_together(1)

@@ -1,0 +1,66 @@
+"""What several commands share: options, the console, and how overrides and models are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+from rich.console import Console
+
+from drift_jax.config import RunConfig
+from drift_jax.errors import ConfigError
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads this form on every version)
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the config, such as train.beta=0.2. Repeatable."),
+]
+OnBadRow = Annotated[
+    Optional[Literal["error", "skip"]],  # noqa: UP045
+    typer.Option(
+        "--on-bad-row", help="What to do with rows that break the format: stop (default) or leave out, counted."
+    ),
+]
+ModelDir = Annotated[str, typer.Option("--model", help="Hugging Face model directory or hub id.")]
+OutDir = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
+
+
+def changes_of(overrides: list[str] | None, on_bad_row: str | None, **keys: object) -> list[str]:
+    """What the command line changes in a config, as `a.b=c`."""
+    changes = list(overrides or [])
+    if on_bad_row is not None:
+        changes.append(change("data.on_bad_row", on_bad_row))
+    return changes + [change(key, value) for key, value in keys.items() if value is not None]
+
+
+def change(key: str, text: object) -> str:
+    """`key=text`, quoted: the right side of an override is YAML, which would read `2024` or `a #b` otherwise."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
+
+
+def build_console(stderr: bool = False) -> Console:
+    """Colons in paths and values are no emoji codes. Of several processes only the first one talks, errors apart."""
+    import jax
+
+    quiet = not stderr and jax.distributed.is_initialized() and jax.process_index() != 0
+    return Console(stderr=stderr, emoji=False, quiet=quiet)
+
+
+def refuse_handbook(config: Path) -> None:
+    """Raises `ConfigError` with the ways to use a handbook file where a CONFIG of ours is asked for."""
+    from drift_jax.handbook import is_handbook_file
+
+    if is_handbook_file(config):
+        raise ConfigError(
+            f"{config} is a file of alignment-handbook. `drift run --handbook {config}` and `drift train {config}` "
+            f"take it as it is; `drift config translate {config} --out FILE` writes it as a CONFIG."
+        )
+
+
+def resolve(model: str, config: RunConfig) -> Path:
+    """The directory of a model. The config's revision is one of the config's model, and of no other."""
+    from drift_jax.models.hf import resolve_model
+
+    return resolve_model(model, config.model.revision if model == config.model.path else None)

@@ -1,0 +1,162 @@
+"""`drift run`, `sample`, `train` and `export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+from drift_jax.cli.handbook import devices_with_pairs, handbook_run, print_translation
+from drift_jax.cli.options import (
+    ConfigFile,
+    ModelDir,
+    OnBadRow,
+    OutDir,
+    Overrides,
+    build_console,
+    changes_of,
+    refuse_handbook,
+    resolve,
+)
+from drift_jax.config import load_config
+from drift_jax.distributed import on_main
+from drift_jax.errors import ConfigError
+
+
+def run(
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[CONFIG]", help="YAML file; examples are in configs/. Optional with --handbook."),
+    ] = None,
+    handbook: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--handbook",
+            help="alignment-handbook DPO YAML. Its keys win over those of CONFIG; without, its pairs are the seed's.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Optional[Path], typer.Option(help="Where the run lives; replaces run_dir.")] = None,  # noqa: UP045
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """The whole recipe: seed, then sample -> pair -> train -> export for each iteration. Run again to resume."""
+    from drift_jax.recipe import run as run_recipe
+
+    changes = changes_of(overrides, on_bad_row, run_dir=run_dir)
+    if handbook is not None:
+        run_recipe(handbook_run(handbook, config, changes), build_console())
+    elif config is not None:
+        refuse_handbook(config)
+        run_recipe(load_config(config, changes), build_console())
+    else:
+        raise ConfigError("give a CONFIG, such as configs/quickstart.yaml, or --handbook FILE.")
+
+
+def sample(
+    config: ConfigFile,
+    model: ModelDir,
+    input: Annotated[Path, typer.Option("--input", help="JSONL of DSAT records.")],
+    out: OutDir,
+    overrides: Overrides = None,
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """Samples chosen responses for DSAT records and writes pairs.train.jsonl and pairs.test.jsonl."""
+    from drift_jax.manifest import Manifest
+    from drift_jax.stages.identity import sample_identity
+    from drift_jax.stages.inputs import load_dsat_split
+    from drift_jax.stages.sample import pair_stage, sample_stage
+
+    refuse_handbook(config)
+    resolved = load_config(config, changes_of(overrides, on_bad_row))
+    console, model_dir, manifest = build_console(), resolve(model, resolved), Manifest(out)
+    on_main(lambda: load_dsat_split(resolved, str(input)) and None)  # bad rows are refused before anything is written
+    keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
+    if not on_main(lambda: manifest.enter("sample", keys, inputs)):
+        summary = sample_stage(resolved, model_dir, str(input), out, console)
+        summary |= on_main(lambda: pair_stage(resolved, inputs["policy"], str(input), out))
+        on_main(lambda: manifest.finish("sample", summary))
+    console.print_json(data=on_main(lambda: manifest.summary("sample")))
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file, ours or a DPO file of alignment-handbook as it is.")
+    ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="Hugging Face model directory or hub id; a handbook file names one."),
+    ] = None,
+    pairs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--pairs", help="Directory with pairs.train.jsonl and pairs.test.jsonl; or as above."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Directory for the results; or as above.")] = None,  # noqa: UP045
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Reference model; default: the model that training starts from."),
+    ] = None,
+    overrides: Overrides = None,
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """One DPO stage on pairs: checkpoints, metrics and a Hugging Face directory in OUT/hf. Run again to resume."""
+    from drift_jax.data.mixer import load_mixture
+    from drift_jax.handbook import is_handbook_file, translate_handbook
+    from drift_jax.manifest import Manifest
+    from drift_jax.records import read_pairs
+    from drift_jax.stages.dpo import TrainJob, train_stage
+    from drift_jax.stages.export import export_stage
+    from drift_jax.stages.identity import export_identity
+
+    changes, console = changes_of(overrides, on_bad_row), build_console()
+    if is_handbook_file(config):
+        translation = translate_handbook(config, devices_with_pairs({}, changes))
+        print_translation(translation.without_pairs(str(pairs)) if pairs else translation, console)
+        resolved = translation.build(changes)
+        model, out = model or resolved.model.path, out or Path(resolved.run_dir)
+        mixed, own = out / "data", translation.mixture
+        pairs = pairs or Path(on_main(lambda: str(load_mixture(own, mixed, resolved.data.on_bad_row))))
+    elif model is None or pairs is None or out is None:
+        given = {"--model": model, "--pairs": pairs, "--out": out}
+        missing = ", ".join(option for option, value in given.items() if value is None)
+        raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
+    else:
+        resolved = load_config(config, changes)
+    model_dir, manifest = resolve(model, resolved), Manifest(out)
+    reference_dir = resolve(reference, resolved) if reference else model_dir
+    train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
+    test = test_pairs if test_pairs.exists() else None
+    for path in filter(None, (train_pairs, test)):
+        check = partial(read_pairs, path, resolved.data.on_bad_row)
+        on_main(lambda check=check: check() and None)  # bad rows are refused before anything is written
+    job = TrainJob(model_dir, reference_dir, train_pairs, test, out, resolved.train.epochs)
+    if not on_main(lambda: manifest.enter("train", *export_identity(resolved, manifest, job))):
+        summary = train_stage(resolved, job, console)
+        summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
+        on_main(lambda: manifest.finish("train", summary))
+    console.print_json(data=on_main(lambda: manifest.summary("train")))
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The checkpoints directory of a stage, such as RUN/iter_2/checkpoints.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", help="Model the stage started from: config and tokenizer come from it.")
+    ],
+    out: OutDir,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
+    ] = "bfloat16",
+) -> None:
+    """Writes the newest checkpoint as a Hugging Face directory that transformers and vLLM load."""
+    from drift_jax.config import build_config
+    from drift_jax.models.hf import resolve_model
+    from drift_jax.stages.export import export_stage
+
+    config = build_config({"run_dir": str(out), "model": {"path": model}, "export": {"dtype": dtype}})
+    console = build_console()
+    summary = export_stage(config, checkpoint, resolve_model(model), out, console)
+    console.print_json(data=dataclasses.asdict(config.export) | summary)
