@@ -32,6 +32,7 @@ _MOST_TENSOR = 16
 _WIDE_BUFFERS = 24
 # On paper a candidate may miss by so much before it is not worth a compilation.
 _MARGIN = 1.3
+_HOST_BYTES = 10e9  # bytes a second between a chip and its host's memory
 # Tokens of a pair from which on a row may be cut over devices.
 _LONG_ROW = 8192
 
@@ -174,24 +175,21 @@ def _explain(rows: list[Row], best: Row) -> str:
 def _settles(done: Candidate, row: Row, other: Candidate) -> bool:
     """Whether a compiled candidate makes another one of its mesh pointless.
 
-    Fewer micro-batches send the weights less often, and keeping more computes less again. So where one fits, nothing
-    that saves more memory is wanted; where one does not, nothing that saves less will.
+    Where one fits, nothing is wanted that is no faster on paper; where one does not, nothing that saves less memory
+    will.
     """
     if done.mesh != other.mesh:
         return False
-    saves_more = other.accumulation_steps >= done.accumulation_steps and _REMAT.index(other.remat) >= _REMAT.index(
-        done.remat
-    )
-    saves_less = other.accumulation_steps <= done.accumulation_steps and _REMAT.index(other.remat) <= _REMAT.index(
-        done.remat
-    )
-    return saves_more if row.fits else saves_less
+    if row.fits:
+        return other.seconds >= done.seconds
+    fewer = other.accumulation_steps <= done.accumulation_steps
+    return fewer and _REMAT.index(other.remat) <= _REMAT.index(done.remat)
 
 
 def list_candidates(config: RunConfig, model: QwenConfig, where: Slice) -> list[Candidate]:
     """Choices that can be split and may fit on paper, the fastest on paper first."""
     limit = where.chip.limit_gib or float("inf")
-    found = []
+    found: dict[tuple[Mesh, int, str], Candidate] = {}
     for mesh, steps, remat in itertools.product(_meshes(config, model, where), _accumulations(config), _REMAT):
         micro = config.train.batch_size // steps
         if micro % mesh.rows:
@@ -202,9 +200,10 @@ def list_candidates(config: RunConfig, model: QwenConfig, where: Slice) -> list[
         gib = _count_gib(config, model, mesh, tokens, remat)
         if gib <= _MARGIN * limit:
             seconds = _count_seconds(config, model, mesh, tokens, remat, where)
-            found.append(Candidate(mesh, steps, remat, gib, seconds))
+            # With as many tokens at a time it is the same program: the fewest steps stand for all.
+            found.setdefault((mesh, tokens, remat), Candidate(mesh, steps, remat, gib, seconds))
     # What is over the limit on paper is tried after what is below it.
-    return sorted(found, key=lambda c: (c.gib > limit, c.seconds, c.gib))
+    return sorted(found.values(), key=lambda c: (c.gib > limit, c.seconds, c.gib))
 
 
 def _meshes(config: RunConfig, model: QwenConfig, where: Slice) -> Iterator[Mesh]:
@@ -250,11 +249,16 @@ def _count_gib(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int, re
     moments = _BYTES[train.moment_dtype] * (2 if train.optimizer == "adamw" else 1)
     state = model.num_parameters * (_BYTES[train.master_dtype] + moments + _BYTES[train.gradient_dtype])
     width = _BYTES[config.model.compute_dtype]
-    heads = model.head_dim * (2 * model.heads + 2 * model.kv_heads)
-    kept = {"layer": model.embed, "offload": 0, "dots": 3 * model.embed + (heads + 3 * model.mlp) // tensor}[remat]
+    kept = 0 if remat == "offload" else _count_kept(model, tensor, remat)
     layer = (model.num_parameters - 2 * model.vocab_size * model.embed) // model.layers
     working = tokens * _WIDE_BUFFERS * model.mlp * 2 // tensor + 3 * 2 * layer // tensor
     return (state / mesh.weights + model.layers * tokens * kept * width + working) / GIB
+
+
+def _count_kept(model: QwenConfig, tensor: int, remat: str) -> int:
+    """Numbers that a layer keeps of a token."""
+    heads = model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    return 3 * model.embed + (heads + 3 * model.mlp) // tensor if remat == "dots" else model.embed
 
 
 def _count_seconds(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int, remat: str, where: Slice) -> float:
@@ -276,4 +280,5 @@ def _count_seconds(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int
     # Keys and values of whole rows forward, again backward, and their gradients.
     heads = 2 * model.kv_heads * model.head_dim / min(tensor, model.kv_heads)
     rows = 3 * model.layers * tokens * heads * 2 * (sequence - 1) / ring
-    return max(compute, micro_batches * weights) + micro_batches * (gradients + activations + rows)
+    host = 2 * model.layers * tokens * _count_kept(model, tensor, remat) * 2 / _HOST_BYTES * (remat == "offload")
+    return max(compute, micro_batches * weights) + micro_batches * (gradients + activations + rows + host)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import ConfigError
@@ -78,6 +79,9 @@ def open_slice(topology: str) -> Slice:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", _accelerator_type(found[1], found[2]))
+    if not _has_tpu():
+        # Compiling takes no TPU away from anyone: several processes may.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     import jax
 
     _use_cpu(jax)
@@ -89,6 +93,11 @@ def open_slice(topology: str) -> Slice:
         # For a part of a slice the compiler cannot compile: it stops the process.
         host = _describe_slice(topologies, f"{found[1]}:{_HOST}") if hosts > 1 else ()
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+        if "lockfile" in str(error):
+            raise ConfigError(
+                f"--topology {topology}: another process has the TPU or its compiler ({str(error).splitlines()[0]}). "
+                "Wait for it to end, or plan on a machine without a TPU."
+            ) from None
         raise ConfigError(
             f"--topology {topology}: the TPU compiler refuses it ({str(error).splitlines()[0]}). "
             f"Slices are for example {', '.join(EXAMPLES)}."
@@ -148,6 +157,11 @@ def _only_cpu(jax: Any) -> bool:
     if wanted:
         return wanted == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu"))
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has TPUs, by the devices that their drivers make."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _use_cpu(jax: Any) -> None:

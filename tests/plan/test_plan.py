@@ -227,11 +227,11 @@ def test_search_names_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
     assert choice.best.mesh.items() <= dataclasses.asdict(choice.config.mesh).items()
     assert choice.config.train.accumulation_steps == choice.best.accumulation_steps
     assert choice.why.startswith("best: ") and "estimated" in choice.why
-    # Where dots fits, layer is not compiled for the same mesh and accumulation.
     tried = [(tuple(row.mesh.values()), row.accumulation_steps, row.remat) for row in choice.rows]
     assert len(set(tried)) == len(tried) <= 8
-    fitting = {key for key, row in zip(tried, choice.rows, strict=True) if row.fits}
-    assert not any((mesh, steps, "layer") in tried for mesh, steps, remat in fitting if remat == "dots")
+    # Where dots fits, layer is not compiled for the same mesh.
+    fitting = {mesh for (mesh, _, remat), row in zip(tried, choice.rows, strict=True) if row.fits and remat == "dots"}
+    assert fitting and not any(mesh in fitting and remat == "layer" for mesh, _, remat in tried)
 
 
 def test_search_without_anything_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
