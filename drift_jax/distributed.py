@@ -99,6 +99,16 @@ def _all_gpus(environment: Mapping[str, str]) -> list[int] | None:
     return list(range(count)) if alone and count and not environment.get("JAX_LOCAL_DEVICE_IDS") else None
 
 
+# How XLA, gloo and the coordination service speak of a process that is gone.
+_LOST = ("heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "gloo", "Gloo", "onnection", "Barrier")
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error of JAX or of a library over it means that another process of the run is gone."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return several and not isinstance(error, DriftError) and any(word in str(error) for word in _LOST)
+
+
 def is_main() -> bool:
     """Whether this is the process that reads and writes what is there once."""
     return jax.process_index() == 0
