@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn, Optional
 
 import typer
 
-from drift_jax.errors import PeerError
+from drift_jax.errors import DriftError, PeerError
 
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "distributed": (
@@ -56,13 +56,11 @@ def across_processes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def is_mine_to_tell(error: Exception) -> bool:
-    """Whether this process prints an error: of one that all have, only process 0 does, and the one that had it."""
+def is_mine_to_tell(error: DriftError) -> bool:
+    """Whether this process prints an error: the one that has it does, and process 0."""
     import jax
 
-    if not jax.distributed.is_initialized():
-        return True
-    return not isinstance(error, PeerError) or jax.process_index() in (0, error.process)
+    return not isinstance(error, PeerError) or jax.process_index() == 0
 
 
 def tell_lost_peer(error: Exception) -> None:
