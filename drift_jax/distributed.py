@@ -173,8 +173,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, DriftError | None]:
 
 
 def _raise_first(own: DriftError | None, answers: list[dict[str, Any]]) -> None:
-    """The process that has an error raises it; the others one that says whose it is."""
-    if own is not None:
+    """The process that has an error raises it; the others one that says whose it is, also if they have the same."""
+    if own is not None and (is_main() or str(own) != answers[0]["problem"]):
         raise own
     for index, answer in enumerate(answers):
         if answer["problem"] is not None:
