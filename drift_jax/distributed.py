@@ -99,6 +99,16 @@ def _all_gpus(environment: Mapping[str, str]) -> list[int] | None:
     return list(range(count)) if alone and count and not environment.get("JAX_LOCAL_DEVICE_IDS") else None
 
 
+# How XLA, gloo and the coordination service speak of a process that is gone.
+_LOST = ("heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "gloo", "Gloo", "onnection", "Barrier")
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error of JAX or of a library over it means that another process of the run is gone."""
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    return several and not isinstance(error, DriftError) and any(word in str(error) for word in _LOST)
+
+
 def is_main() -> bool:
     """Whether this is the process that reads and writes what is there once."""
     return jax.process_index() == 0
@@ -127,42 +137,45 @@ def gather_bytes(data: bytes) -> list[bytes]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """`work()` on process 0 alone; its result, a JSON value, or its `DriftError` on every process."""
+    """`work()` on process 0 alone; its result, a JSON value, on every process. Its `DriftError` is raised on all."""
     if jax.process_count() == 1:
         return work()
-    result, problem = _attempt(work if is_main() else lambda: None)
-    answers = gather({"problem": problem, "result": result})
-    _raise_first(answers[:1])
+    result, error = _attempt(work if is_main() else lambda: None)
+    answers = gather({"problem": error and str(error), "result": result})
+    _raise_first(error, answers)
     return answers[0]["result"]
 
 
 def on_each(work: Callable[[], T]) -> T:
-    """`work()` on every process, its own result on each; a `DriftError` on one of them is raised on all."""
+    """`work()` on every process, its own result on each. A `DriftError` on one of them is raised on all."""
     if jax.process_count() == 1:
         return work()
-    result, problem = _attempt(work)
-    _raise_first(gather({"problem": problem}))
+    result, error = _attempt(work)
+    _raise_first(error, gather({"problem": error and str(error)}))
     return result  # pyright: ignore[reportReturnType]
 
 
 def send_bytes(make: Callable[[], bytes | None]) -> bytes | None:
-    """`make()` of process 0 on every process. A `DriftError` there is raised on all."""
+    """`make()` of process 0 on every process. Its `DriftError` is raised on all."""
     if jax.process_count() == 1:
         return make()
-    data, problem = _attempt(make if is_main() else lambda: None)
-    _raise_first(gather({"problem": problem}))
-    (there, *_) = gather(data is not None)
-    return gather_bytes(data or b"")[0] if there else None
+    data, error = _attempt(make if is_main() else lambda: None)
+    answers = gather({"problem": error and str(error), "there": data is not None})
+    _raise_first(error, answers)
+    return gather_bytes(data or b"")[0] if answers[0]["there"] else None
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, DriftError | None]:
     try:
         return work(), None
     except DriftError as error:
-        return None, str(error)
+        return None, error
 
 
-def _raise_first(answers: list[dict[str, Any]]) -> None:
+def _raise_first(own: DriftError | None, answers: list[dict[str, Any]]) -> None:
+    """The process that has an error raises it; the others one that says whose it is, also if they have the same."""
+    if own is not None and (is_main() or str(own) != answers[0]["problem"]):
+        raise own
     for index, answer in enumerate(answers):
         if answer["problem"] is not None:
             raise PeerError(answer["problem"], index)

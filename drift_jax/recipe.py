@@ -55,8 +55,8 @@ def run(config: RunConfig, console: Console) -> Path:
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         # An iteration compiles what the one before compiled; so does a run that is resumed.
         jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
-    initial = resolve_model(config.model.path, config.model.revision)
-    on_each(lambda: check_run(config, initial))
+    initial = on_each(lambda: resolve_model(config.model.path, config.model.revision))
+    on_main(lambda: check_run(config, initial))
     with run_lock(run_dir):
         recipe = Recipe(config, run_dir, console)
         policy = initial

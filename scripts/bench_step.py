@@ -50,7 +50,8 @@ from drift_jax.data.rules import build_rules  # noqa: E402
 from drift_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from drift_jax.errors import DriftError  # noqa: E402
 from drift_jax.models.architecture import QwenConfig  # noqa: E402
-from drift_jax.models.hf import load_qwen_config, save_hf  # noqa: E402
+from drift_jax.models.hf import load_qwen_config  # noqa: E402
+from drift_jax.models.hf_export import save_hf  # noqa: E402
 from drift_jax.models.published import ARCHITECTURES, write_architecture  # noqa: E402
 from drift_jax.models.qwen import init_params  # noqa: E402
 from drift_jax.plan.flops import forward_flops  # noqa: E402

@@ -12,10 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn, Optional
 
 import typer
 
-from drift_jax.errors import PeerError
-
-# How XLA's and gloo's errors speak of a process that is gone.
-_LOST = ("onnection", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Gloo", "gloo", "ABORTED")
+from drift_jax.errors import DriftError, PeerError
 
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "distributed": (
@@ -59,28 +56,33 @@ def across_processes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def is_mine_to_tell(error: Exception) -> bool:
-    """Whether this process prints an error: of one that all have, only process 0 does, and the one that had it."""
+def is_mine_to_tell(error: DriftError) -> bool:
+    """Whether this process prints an error: the one that has it does, and process 0."""
     import jax
 
-    if not jax.distributed.is_initialized():
-        return True
-    return not isinstance(error, PeerError) or jax.process_index() in (0, error.process)
+    return not isinstance(error, PeerError) or jax.process_index() == 0
 
 
 def tell_lost_peer(error: Exception) -> None:
-    """Says so when an error means that another process is gone. Raises the error again when it is not one of these."""
+    """Of several processes: says that another one is gone, if that is what the error means, else where it arose.
+
+    Raises the error again where there is one process.
+    """
     import jax
 
     if not jax.distributed.is_initialized():
         raise error
-    traceback.print_exception(error)
-    if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(word in str(error) for word in _LOST):
-        print(
-            f"error: process {jax.process_index()} of {jax.process_count()} has lost another one of this run, whose "
-            "own output says why. Run the same command again on every host: it goes on from what was finished.",
-            file=sys.stderr,
-        )
+    from drift_jax.distributed import is_lost_peer
+
+    if not is_lost_peer(error):
+        traceback.print_exception(error)
+        return
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} has lost another one of this run, whose own "
+        "output says why. Run the same command again on every host: it goes on from what was finished.\n"
+        f"  ({type(error).__name__}: {str(error).splitlines()[0][:300]})",
+        file=sys.stderr,
+    )
 
 
 def end_together(code: int) -> NoReturn:

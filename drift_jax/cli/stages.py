@@ -22,7 +22,7 @@ from drift_jax.cli.options import (
     resolve,
 )
 from drift_jax.config import load_config
-from drift_jax.distributed import on_main
+from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
 
 
@@ -71,7 +71,8 @@ def sample(
 
     refuse_handbook(config)
     resolved = load_config(config, changes_of(overrides, on_bad_row))
-    console, model_dir, manifest = build_console(), resolve(model, resolved), Manifest(out)
+    console, manifest = build_console(), Manifest(out)
+    model_dir = on_each(lambda: resolve(model, resolved))
     on_main(lambda: load_dsat_split(resolved, str(input)) and None)  # bad rows are refused before anything is written
     keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
     if not on_main(lambda: manifest.enter("sample", keys, inputs)):
@@ -124,8 +125,8 @@ def train(
         raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
     else:
         resolved = load_config(config, changes)
-    model_dir, manifest = resolve(model, resolved), Manifest(out)
-    reference_dir = resolve(reference, resolved) if reference else model_dir
+    model_dir, manifest = on_each(lambda: resolve(model, resolved)), Manifest(out)
+    reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if test_pairs.exists() else None
     for path in filter(None, (train_pairs, test)):

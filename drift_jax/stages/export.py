@@ -10,7 +10,8 @@ from drift_jax.checkpoint import Checkpointer
 from drift_jax.config import RunConfig
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import StageError
-from drift_jax.models.hf import load_qwen_config, save_hf
+from drift_jax.models.hf import load_qwen_config
+from drift_jax.models.hf_export import save_hf
 from drift_jax.models.qwen import abstract_params, declare_qwen
 from drift_jax.sharding import build_layout
 from drift_jax.stages.inputs import Summary
