@@ -140,7 +140,11 @@ def run_plan(
 def _with_choice(raw: dict[str, Any], chosen: RunConfig, title: str) -> str:
     """The user's keys with those of the choice, as YAML."""
     mine = json.loads(json.dumps(raw, default=str))
-    mine["mesh"] = mine.get("mesh", {}) | dataclasses.asdict(chosen.mesh)
+    mesh = mine.get("mesh", {})
+    for key, value in dataclasses.asdict(chosen.mesh).items():
+        if isinstance(value, int) or key in mesh:  # sizes, and what the user has set besides
+            mesh[key] = value
+    mine["mesh"] = mesh
     mine.setdefault("train", {})["accumulation_steps"] = chosen.train.accumulation_steps
     mine.setdefault("model", {})["remat"] = chosen.model.remat
     head = f"# mesh, train.accumulation_steps and model.remat as `drift plan --search` chose them: {title}\n"

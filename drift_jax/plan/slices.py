@@ -145,7 +145,7 @@ def open_local(count: int, hbm_gib: float | None = None) -> Slice:
     source = "--hbm-gib" if hbm_gib is not None else H100.limit_from
     chip = Chip(platform, limit, H100.peak_flops, None, H100.link_bytes, source)
     note = (
-        f"memory as the {platform} compiler counts it, against {limit:.1f} GiB ({source}); time from FLOPs and bytes "
+        f"memory and collectives as the {platform} compiler makes them, against {limit:.1f} GiB ({source}); time from FLOPs and bytes "
         "at the peaks of an H100"
     )
     return Slice(f"{count} x {platform}", devices[:count], chip, note)
