@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from drift_jax.cli import stages, tools
+from drift_jax.cli import sharding, stages, tools
 from drift_jax.cli.options import build_console
 from drift_jax.errors import DriftError
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (stages.run, stages.sample, stages.train, stages.export, tools.presets, tools.doctor):
+for command in (stages.run, stages.sample, stages.train, stages.export, sharding.mesh, tools.presets, tools.doctor):
     app.command()(command)
 app.add_typer(tools.config_app, name="config")
 
