@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from drift_jax.errors import ConfigError
 from drift_jax.mesh.drawing import lay_out
 from drift_jax.mesh.render import DIMS, format_bytes, join_ids, print_report
 from drift_jax.mesh.report import MeshReport, build_report, plan_devices
-from drift_jax.mesh.rows import ArrayRow, find_axes_across
+from drift_jax.mesh.rows import ArrayRow, HostRow, find_axes_across
 from drift_jax.models.hf import load_params
 from drift_jax.sharding import STRATEGIES, build_layout
 from drift_jax.stages.dpo import build_trainer
@@ -221,11 +222,19 @@ def test_a_vocabulary_that_is_padded(odd_dir: Path, model_dir: Path) -> None:
     assert make_report(model_dir, {"tensor": 2}).notes == ()
 
 
-def test_axes_whose_devices_do_the_same(model_dir: Path) -> None:
-    (note,) = make_report(model_dir, {"rules": {"batch": []}}).notes
-    assert note.startswith("mesh axis 'fsdp' (8 devices) splits no work of the layers, weights only")
-    (note,) = make_report(model_dir, {"tensor": 2, "rules": {"mlp": []}}).notes
-    assert note == "mesh axis 'tensor' (2 devices) does not split MLP: there its devices compute the same."
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"batch": []}, "mesh axis 'fsdp' (4 devices) splits no work of the layers"),
+        ({"mlp": []}, "mesh axis 'tensor' (2 devices) does not split MLP: there its devices compute the same."),
+        ({"vocab_slice": ["fsdp"]}, "mesh axis 'tensor' (2 devices) does not split logits"),
+        ({"mlp": [], "hidden": ["tensor"]}, None),
+    ],
+    ids=str,
+)
+def test_axes_whose_devices_do_the_same(model_dir: Path, rules: dict[str, list[str]], words: str | None) -> None:
+    notes = make_report(model_dir, {"tensor": 2, "rules": rules}).notes
+    assert len(notes) == (words is not None) and all(note.startswith(words or "") for note in notes)
 
 
 def test_what_a_run_would_refuse_is_a_remark(model_dir: Path) -> None:
@@ -240,6 +249,23 @@ def test_axes_between_hosts() -> None:
     assert find_axes_across(("data", "fsdp", "sequence", "tensor"), processes) == ("data", "fsdp")
     assert find_axes_across(("data", "fsdp", "sequence", "tensor"), np.zeros((2, 4, 1, 2))) == ()
     assert join_ids([0, 3, 1, 2, 8]) == "0-3, 8"
+
+
+def test_hosts_and_their_devices(model_dir: Path) -> None:
+    report = make_report(model_dir, {"data": 2})
+    assert [(host.process, host.devices) for host in report.hosts] == [(0, tuple(range(8)))]
+    hosts = tuple(HostRow(i, (2 * i, 2 * i + 1)) for i in range(20))
+    text = render(dataclasses.replace(report, hosts=hosts, across_hosts=("data", "fsdp")))
+    assert "process 6: devices 12-13" in text and "process 7" not in text
+    assert "... and 13 more, 2 devices on the last" in text
+    assert "between hosts goes what is sent along data, fsdp" in text
+
+
+def test_devices_in_another_order_are_drawn(model_dir: Path) -> None:
+    devices = [jax.devices()[i] for i in (0, 1, 3, 2)]
+    report = build_report(make_config(model_dir, {}), devices)
+    assert [drawing.name for drawing in report.drawings][:2] == ["devices", "blocks.mlp.gate"]
+    assert report.drawings[0].labels == ("0", "1", "3", "2") and report.hosts[0].devices == (0, 1, 3, 2)
 
 
 # --- text -------------------------------------------------------------------------------------------------

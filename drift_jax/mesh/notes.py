@@ -27,21 +27,27 @@ def find_notes(qwen: QwenConfig, layout: Layout, arrays: Sequence[ArrayRow]) -> 
         )
 
 
+# Work of a step, and the activations of which it is enough that one is split.
+_WORK = {"attention": ("hidden states", "queries"), "MLP": ("hidden states", "MLP"), "logits": ("logits",)}
+
+
 def _idle_axes(layout: Layout) -> Iterator[str]:
     """Axes whose devices do the same work."""
-    parts = {"attention": "queries", "MLP": "MLP"}
     for axis, size in layout.sizes.items():
         if size == 1:
             continue
-        dims = {what: {*ACTIVATIONS[name], *ACTIVATIONS["hidden states"]} for what, name in parts.items()}
-        alike = [what for what, names in dims.items() if not any(axis in layout.rules[d] for d in names if d)]
-        if len(alike) == len(parts):
+        dims = {what: [dim for name in names for dim in ACTIVATIONS[name] if dim] for what, names in _WORK.items()}
+        alike = [what for what, some in dims.items() if not any(axis in layout.rules[dim] for dim in some)]
+        if {"attention", "MLP"} <= set(alike):
             yield (
-                f"mesh axis {axis!r} ({size} devices) splits no work of the layers, weights only: its devices compute "
-                f"the same. Let it split batch, length, heads or mlp in mesh.rules, or set mesh.{axis} to 1."
+                f"mesh axis {axis!r} ({size} devices) splits no work of the layers: its devices hold parts of weights "
+                f"and compute the same. Let it split batch, length, heads or mlp (mesh.rules), or set mesh.{axis} to 1."
             )
         elif alike:
-            yield f"mesh axis {axis!r} ({size} devices) does not split {alike[0]}: there its devices compute the same."
+            yield (
+                f"mesh axis {axis!r} ({size} devices) does not split {' and '.join(alike)}: "
+                "there its devices compute the same."
+            )
 
 
 def find_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
