@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.config import MeshConfig
@@ -222,6 +223,14 @@ def build_sharding(layout: Layout, dims: Dims, shape: Sequence[int], name: str =
 def replicated(layout: Layout) -> NamedSharding:
     """The placement of small values that every device holds."""
     return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def put(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on every process, onto the devices; each process sends what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def for_sampling(layout: Layout) -> Layout:

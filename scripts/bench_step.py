@@ -49,7 +49,8 @@ from drift_jax.data.pairs import tokenize_pair  # noqa: E402
 from drift_jax.data.rules import build_rules  # noqa: E402
 from drift_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from drift_jax.errors import DriftError  # noqa: E402
-from drift_jax.models.hf import load_qwen_config, save_hf  # noqa: E402
+from drift_jax.models.hf import load_qwen_config  # noqa: E402
+from drift_jax.models.hf_export import save_hf  # noqa: E402
 from drift_jax.models.qwen import init_params  # noqa: E402
 from drift_jax.records import Pair, read_dsat, read_pairs  # noqa: E402
 from drift_jax.sharding import build_layout  # noqa: E402

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  
 
 from drift_jax.config import MeshConfig  # noqa: E402
 from drift_jax.models.architecture import qwen_config_from_hf  # noqa: E402
-from drift_jax.models.hf import save_hf  # noqa: E402
+from drift_jax.models.hf_export import save_hf  # noqa: E402
 from drift_jax.models.qwen import init_params  # noqa: E402
 from drift_jax.sharding import build_layout  # noqa: E402
 

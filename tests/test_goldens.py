@@ -15,12 +15,13 @@ from drift_jax.data.batches import put_batch
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.rules import build_rules
 from drift_jax.data.tokenizer import load_tokenizer
-from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
+from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, use_layout
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.stages.reference import RefLogps
 from drift_jax.train import host_metrics, loss_and_grads
+from tests.hf_tensors import to_hf_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"
 PRESETS = json.loads((GOLDENS / "presets.json").read_text(encoding="utf-8"))
@@ -52,7 +53,7 @@ def test_one_step_equals_the_golden(kind: str) -> None:
     message = SUSPECT + str(golden["made_with"])
     for name, value in expected["metrics"].items():
         assert ours[name] == pytest.approx(value, rel=1e-5), message
-    norms = {name: float(np.linalg.norm(make())) for name, _, make in iterate_hf_tensors(grads, qwen, "float32")}
+    norms = {name: float(np.linalg.norm(value)) for name, value in to_hf_tensors(grads, qwen).items()}
     assert norms == pytest.approx(expected["grad_norms"], rel=1e-5), message
 
 
@@ -98,7 +99,7 @@ def test_one_update_of_a_preset_equals_the_golden(name: str, tmp_path: Path) -> 
     ours = host_metrics(metrics)
     assert {key: ours[key] for key in expected["metrics"]} == pytest.approx(expected["metrics"], rel=1e-5), message
     for what, tree in (("grad_norms", grads), ("update_norms", moved)):
-        norms = {key: float(np.linalg.norm(make())) for key, _, make in iterate_hf_tensors(tree, qwen, "float32")}
+        norms = {key: float(np.linalg.norm(value)) for key, value in to_hf_tensors(tree, qwen).items()}
         assert norms == pytest.approx(expected[what], rel=1e-4), f"{what}: {message}"
 
 

@@ -30,6 +30,7 @@ from drift_jax.sharding import STRATEGIES, build_layout
 from drift_jax.stages.dpo import build_trainer
 from tests.cli_runs import Drift, drift, write_yaml  # noqa: F401
 from tests.conftest import REPO
+from tests.processes import finish, free_port, start_one
 from tests.tiny_models import build_tiny_model
 
 pytestmark = pytest.mark.mesh
@@ -259,6 +260,17 @@ def test_hosts_and_their_devices(model_dir: Path) -> None:
     assert "process 6: devices 12-13" in text and "process 7" not in text
     assert "... and 13 more, 2 devices on the last" in text
     assert "between hosts goes what is sent along data, fsdp" in text
+
+
+def test_two_processes_show_their_mesh_once(tmp_path: Path, model_dir: Path) -> None:
+    raw = {"run_dir": "r", "model": {"path": str(model_dir)}, "mesh": {"tensor": 2}}
+    path, port = write_yaml(tmp_path / "config.yaml", raw), free_port()
+    words = ["drift_jax", "mesh", path, "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id"]
+    (code, text), other = finish([start_one([*words, i], 2) for i in range(2)], 120)
+    assert code == 0 and other == (0, ""), (text, other)
+    assert "process 0: devices" in text and "process 1: devices" in text
+    assert re.search("between hosts goes what is sent along fsdp *$", text, re.M)
+    assert "\ndevices  a cell per device" in text
 
 
 def test_devices_in_another_order_are_drawn(model_dir: Path) -> None:

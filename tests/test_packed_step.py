@@ -19,11 +19,12 @@ from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, epoch_order, put_batch
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.models.attention import AttentionBackend, attend
-from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
+from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.intervals import KeyIntervals, KeySpans
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_layout, use_layout
 from drift_jax.train import MicroBatch, Trainer, arrange, host_metrics, loss_and_grads
+from tests.hf_tensors import to_hf_tensors
 from tests.plain_step import PlainScores, plain_batch, plain_step
 from tests.tiny_models import VOCAB, build_tiny_model
 
@@ -102,7 +103,7 @@ def worst_gradient(scene: Scene, found: Any, expected: Any) -> tuple[float, str]
     """Of each tensor the norm of the difference over its norm, or over 1e-4 of that of all: where prompts and
     completions have one token only, queries and keys have no gradient but rounding."""
     config = load_qwen_config(scene.model_dir)
-    ours, theirs = ({n: make() for n, _, make in iterate_hf_tensors(g, config, "float32")} for g in (found, expected))
+    ours, theirs = (to_hf_tensors(grads, config) for grads in (found, expected))
     floor = 1e-4 * np.sqrt(sum(np.linalg.norm(value) ** 2 for value in theirs.values())) + 1e-30
     errors = {n: np.linalg.norm(ours[n] - v) / max(np.linalg.norm(v), floor) for n, v in theirs.items()}
     return max((float(error), name) for name, error in errors.items())

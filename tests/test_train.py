@@ -20,10 +20,11 @@ from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import ConfigError, StageError
 from drift_jax.guards import check_first_loss, check_params_changed
 from drift_jax.models.attention import BACKENDS
-from drift_jax.models.hf import iterate_hf_tensors, load_params, load_qwen_config
+from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_layout, check_batch, use_layout
 from drift_jax.train import Trainer, arrange, evaluate_scores, host_metrics, loss_and_grads, micro_batch
+from tests.hf_tensors import to_hf_tensors
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs
 from tests.torch_reference import torch_reference
@@ -74,7 +75,7 @@ def test_loss_and_gradients_equal_torch(model_dir: Path) -> None:
     metrics, grads = compute(trainer, params, loader.shuffled(0))
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
-    ours = {name: make() for name, _, make in iterate_hf_tensors(grads, load_qwen_config(model_dir), "float32")}
+    ours = to_hf_tensors(grads, load_qwen_config(model_dir))
     assert ours.keys() == expected_grads.keys()
     for name, value in expected_grads.items():
         error = np.linalg.norm(ours[name] - value) / np.linalg.norm(value)

@@ -25,6 +25,7 @@ def mesh(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Shows the mesh, the sharding rules, and of every parameter the split and the bytes per device."""
+    from drift_jax.distributed import is_main
     from drift_jax.mesh.render import print_report
     from drift_jax.mesh.report import DRAWN, build_report, plan_devices
 
@@ -32,6 +33,8 @@ def mesh(
     resolved = load_config(config, overrides or [])
     where = None if devices is None else plan_devices(devices)
     report = build_report(resolved, where, devices is not None, draw or [DRAWN])
+    if not is_main():
+        return
     if as_json:
         print(json.dumps(report.to_json()))
     else:

@@ -1,30 +1,34 @@
-"""Hugging Face directories in and out: safetensors only, tensor by tensor, never a second copy of the model.
+"""Hugging Face directories in: safetensors only, piece by piece, never a second copy of the model or of a parameter.
 
-Reading opens a file anew for each slice: its pages are mapped memory, and closing is what gives them back.
+Each process reads what its own devices need. A file is opened anew for each tensor: its pages are mapped memory, and
+closing is what gives them back. `hf_export.py` is the way out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from drift_jax.errors import ModelError, StageError
+from drift_jax.errors import ModelError
 from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
+from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
+from drift_jax.models.rows import PIECE_BYTES, count_rows, cut_rows, write_rows
+from drift_jax.models.safetensors_file import DTYPES
+from drift_jax.models.together import on_each
 from drift_jax.sharding import Layout
 
-# What a model directory holds besides weights. config.json is rewritten, the others are copied as they are.
+# What a model directory holds besides weights and config.json.
 COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -36,7 +40,6 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-LOADABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Progress = Callable[[int, int], None]  # (bytes of this tensor, bytes of all)
 
@@ -82,10 +85,10 @@ class WeightFiles:
                 with safe_open(path, framework="numpy") as tensors:
                     for name in tensors.keys():  # noqa: SIM118  (not a dict)
                         piece = tensors.get_slice(name)
-                        if piece.get_dtype() not in LOADABLE_DTYPES:
+                        if piece.get_dtype() not in DTYPES:
                             raise ModelError(
                                 f"{path}: tensor {name} is {piece.get_dtype()}; only "
-                                f"{', '.join(LOADABLE_DTYPES.values())} can be loaded (no quantised weights)."
+                                f"{', '.join(DTYPES.values())} can be loaded (no quantised weights)."
                             )
                         where[name], shapes[name] = path, tuple(piece.get_shape())
             except (SafetensorError, OSError) as error:
@@ -97,9 +100,12 @@ class WeightFiles:
                 ) from None
         return WeightFiles(where, shapes)
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, indices: Sequence[tuple[slice, ...]]) -> Iterator[np.ndarray]:
+        """Slices of a tensor, one after the other; the file is open until the last one was taken."""
         with safe_open(self.where[name], framework="numpy") as tensors:
-            return tensors.get_slice(name)[index]
+            whole = tensors.get_slice(name)
+            for index in indices:
+                yield whole[index]
 
 
 def _weight_file_names(model_dir: Path) -> list[Path]:
@@ -128,53 +134,39 @@ def load_qwen_config(model_dir: Path) -> QwenConfig:
 def load_params(
     model_dir: Path, layout: Layout, dtype: str = "float32", progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Weights of a Hugging Face directory as `dtype`, each device's part read by itself.
+    """Weights of a Hugging Face directory as `dtype`, on the devices of `layout`.
 
-    Host memory: the parameters plus the part of one stacked tensor that one device holds.
+    Of several processes all must call it, and each reads what its devices hold. Memory: the parameters, and a few times
+    the larger of one layer of one parameter and `rows.PIECE_BYTES`.
 
     Raises:
       ModelError: tensors missing or left over (all names listed), or of another shape than config.json says.
     """
+    return on_each(lambda: _load(model_dir, layout, np.dtype(dtype), progress))
+
+
+def _load(model_dir: Path, layout: Layout, dtype: np.dtype, progress: Progress | None) -> dict[str, Any]:
     config = load_qwen_config(model_dir)
     _, declared = declare_qwen(config)
     files = WeightFiles.open(model_dir)
     leaves, treedef = jax.tree.flatten(declared, is_leaf=is_declared)
     _check_tensors(files, leaves, config, model_dir)
     shardings = jax.tree.leaves(param_shardings(declared, layout))
-    total = sum(math.prod(leaf.shape) for leaf in leaves) * np.dtype(dtype).itemsize
+    total = sum(math.prod(leaf.shape) for leaf in leaves) * dtype.itemsize
     arrays = []
     for leaf, sharding in zip(leaves, shardings, strict=True):
-        arrays.append(_load_array(files, leaf, sharding, np.dtype(dtype)))
+        arrays.append(_load_array(files, leaf, sharding, dtype))
         if progress is not None:
             progress(arrays[-1].nbytes, total)
     return jax.tree.unflatten(treedef, arrays)
 
 
-def hf_names(leaf: Declared) -> list[str]:
-    """The Hugging Face tensors that make up one parameter: one, or one per layer."""
-    if leaf.dims[0] != "layers":
-        return [leaf.hf_name]
-    return [leaf.hf_name.format(layer) for layer in range(leaf.shape[0])]
-
-
-def _inner(leaf: Declared) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Dims and shape of one layer of a parameter (of the parameter itself when it is not stacked)."""
-    start = 1 if leaf.dims[0] == "layers" else 0
-    return leaf.dims[start:], leaf.shape[start:]  # type: ignore[return-value]
-
-
-def _hf_shape(leaf: Declared) -> tuple[int, ...]:
-    sizes = dict(zip(*_inner(leaf), strict=True))
-    return tuple(math.prod(sizes[dim] for dim in group) for group in leaf.hf_dims)
-
-
 def _check_tensors(files: WeightFiles, leaves: list[Declared], config: QwenConfig, model_dir: Path) -> None:
-    expected = {name: _hf_shape(leaf) for leaf in leaves for name in hf_names(leaf)}
+    expected = {name: hf_shape(leaf) for leaf in leaves for name in hf_names(leaf)}
     found = set(files.where)
     if config.tied and "lm_head.weight" in found:
         # Some writers store a tied head twice. It is the same tensor or the config is wrong.
-        table = files.read("model.embed_tokens.weight", (slice(None), slice(None)))
-        if not np.array_equal(table, files.read("lm_head.weight", (slice(None), slice(None)))):
+        if not _are_equal(files, "model.embed_tokens.weight", "lm_head.weight"):
             raise ModelError(
                 f"{model_dir}: config.json says tie_word_embeddings, but lm_head.weight differs from "
                 "model.embed_tokens.weight. Set tie_word_embeddings to false in config.json."
@@ -194,122 +186,61 @@ def _check_tensors(files: WeightFiles, leaves: list[Declared], config: QwenConfi
         raise ModelError(f"{model_dir}: the tensors do not fit config.json: " + "; ".join(problems) + ".")
 
 
-def _load_array(files: WeightFiles, leaf: Declared, sharding: Any, dtype: np.dtype) -> jax.Array:
-    parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+def _are_equal(files: WeightFiles, first: str, second: str) -> bool:
+    rows, *rest = shape = files.shapes[first]
+    if files.shapes[second] != shape:
+        return False
+    step = max(1, PIECE_BYTES // (4 * math.prod(rest)))
+    pieces = [(slice(start, min(start + step, rows)),) for start in range(0, rows, step)]
+    return all(np.array_equal(next(files.read(first, [piece])), next(files.read(second, [piece]))) for piece in pieces)
+
+
+def _load_array(files: WeightFiles, leaf: Declared, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
+    first, *more = pieces = cut_rows(leaf.shape, sharding, dtype.itemsize)
+    if not more:  # small: no program needs to be compiled
+        return _load_rows(files, leaf, sharding, dtype, *first)
+    array = jnp.zeros(leaf.shape, dtype, device=sharding)
+    for start, stop in pieces:
+        rows = _load_rows(files, leaf, sharding, dtype, start, stop)
+        # Without waiting, pieces would pile up.
+        array = jax.block_until_ready(write_rows(array, rows, np.int32(start), sharding))
+    return array
+
+
+def _load_rows(
+    files: WeightFiles, leaf: Declared, sharding: NamedSharding, dtype: np.dtype, start: int, stop: int
+) -> jax.Array:
+    """Rows `start` to `stop` of every device's part (see `rows.py`), placed like the parameter."""
+    devices_of: dict[Bounds, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
-        parts.setdefault(bounds, []).append(device)
-    shards = []
-    for bounds, devices in parts.items():
-        block = _read_block(files, leaf, bounds, dtype)
-        shards += [jax.device_put(block, device) for device in devices]
-        # device_put is asynchronous: without waiting, the host copies of all parts would pile up.
-        jax.block_until_ready(shards)
-        del block
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+        assert index is not None
+        (first, _), *rest = (s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        devices_of.setdefault(((first + start, first + stop), *rest), []).append(device)
+    # A CPU device may take an array's memory for its own: each piece has new arrays, which are not written again.
+    blocks = _read_blocks(files, leaf, list(devices_of), dtype)
+    shards = [
+        jax.device_put(block, device)
+        for block, devices in zip(blocks, devices_of.values(), strict=True)
+        for device in devices
+    ]
+    parts, _ = count_rows(leaf.shape, sharding)
+    shape = (parts * (stop - start), *leaf.shape[1:])
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
 
 
-def _read_block(files: WeightFiles, leaf: Declared, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
-    block = np.empty([stop - start for start, stop in bounds], dtype)
+def _read_blocks(files: WeightFiles, leaf: Declared, boxes: Sequence[Bounds], dtype: np.dtype) -> list[np.ndarray]:
+    """Boxes of a parameter. Each tensor is opened once for all of them, so that it comes from the disk once."""
+    blocks = [np.empty([stop - start for start, stop in box], dtype) for box in boxes]
     names = hf_names(leaf)
-    if leaf.dims[0] != "layers":
-        block[...] = _read_one(files, names[0], leaf, bounds)
-        return block
-    for row, layer in enumerate(range(*bounds[0])):
-        block[row] = _read_one(files, names[layer], leaf, bounds[1:])
-    return block
-
-
-def _read_one(files: WeightFiles, name: str, leaf: Declared, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """One tensor's part in our layout: slice in theirs, split the merged dims, put the dims in our order."""
-    dims, shape = _inner(leaf)
-    size, bound = dict(zip(dims, shape, strict=True)), dict(zip(dims, bounds, strict=True))
-    index = []
-    for first, *rest in leaf.hf_dims:
-        if any(bound[dim] != (0, size[dim]) for dim in rest):
-            raise AssertionError(f"{name}: only the first of the merged dims {(first, *rest)} can be split")
-        inner = math.prod(size[dim] for dim in rest)
-        index.append(slice(bound[first][0] * inner, bound[first][1] * inner))
-    order = [dim for group in leaf.hf_dims for dim in group]
-    part = files.read(name, tuple(index)).reshape([bound[dim][1] - bound[dim][0] for dim in order])
-    return part.transpose([order.index(dim) for dim in dims])
-
-
-def iterate_hf_tensors(
-    params: dict[str, Any], config: QwenConfig, dtype: str
-) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
-    """(Hugging Face name, bytes, function that makes the array), layer by layer; nothing is made before it is asked."""
-    _, declared = declare_qwen(config)
-    pairs = list(zip(jax.tree.leaves(declared, is_leaf=is_declared), jax.tree.leaves(params), strict=True))
-
-    def make(leaf: Declared, array: jax.Array, layer: int | None) -> np.ndarray:
-        host = np.asarray(array if layer is None else array[layer])
-        dims, _ = _inner(leaf)
-        order = [dim for group in leaf.hf_dims for dim in group]
-        theirs = host.transpose([dims.index(dim) for dim in order]).reshape(_hf_shape(leaf))
-        return np.ascontiguousarray(theirs.astype(np.dtype(dtype)))
-
-    for leaf, array in pairs:
-        if leaf.dims[0] == "layers":
+    wanted: dict[str, list[tuple[np.ndarray, Bounds]]] = {}
+    for block, (rows, *inner) in zip(blocks, boxes, strict=True):
+        if not is_stacked(leaf):
+            wanted.setdefault(names[0], []).append((block, (rows, *inner)))
             continue
-        yield (
-            leaf.hf_name,
-            math.prod(leaf.shape) * np.dtype(dtype).itemsize,
-            lambda a=leaf, b=array: make(a, b, None),
-        )
-    for layer in range(config.layers):
-        for leaf, array in pairs:
-            if leaf.dims[0] != "layers":
-                continue
-            size = math.prod(leaf.shape[1:]) * np.dtype(dtype).itemsize
-            yield leaf.hf_name.format(layer), size, lambda a=leaf, b=array, i=layer: make(a, b, i)
-
-
-def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str, max_shard_gib: float = 4.0) -> None:
-    """Writes a directory that transformers and vLLM load.
-
-    `source_dir` is the directory the policy came from: its config, generation config, tokenizer files and chat
-    template go along. Written under a temporary name and renamed, so a directory of that name is whole.
-
-    Raises:
-      StageError: the disk is full or not writable; nothing is left behind.
-    """
-    config = load_qwen_config(source_dir)
-    temporary = out_dir.with_name(out_dir.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_shards(params, config, temporary, dtype, int(max_shard_gib * 2**30))
-        hf_config = load_hf_config(source_dir)
-        # transformers 4 reads torch_dtype, 5 reads dtype.
-        hf_config = {k: v for k, v in hf_config.items() if k != "torch_dtype"} | {"dtype": dtype}
-        (temporary / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-        for name in COMPANION_FILES:
-            if (source_dir / name).exists():
-                shutil.copyfile(source_dir / name, temporary / name)
-        shutil.rmtree(out_dir, ignore_errors=True)
-        temporary.rename(out_dir)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StageError(
-            f"cannot write the model to {out_dir}: {error}. Nothing was left behind; free space "
-            f"(about {config.num_parameters * np.dtype(dtype).itemsize / 2**30:.1f} GiB are needed) and run again."
-        ) from None
-
-
-def _write_shards(params: dict[str, Any], config: QwenConfig, out_dir: Path, dtype: str, max_bytes: int) -> None:
-    shards: list[list[tuple[str, int, Callable[[], np.ndarray]]]] = [[]]
-    for tensor in iterate_hf_tensors(params, config, dtype):
-        if shards[-1] and sum(size for _, size, _ in shards[-1]) + tensor[1] > max_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # transformers refuses files whose metadata do not say which framework the layout is for.
-        save_file({key: make() for key, _, make in shard}, out_dir / name, metadata={"format": "pt"})
-        weight_map |= {key: name for key, _, _ in shard}
-    if len(shards) > 1:
-        total = sum(size for shard in shards for _, size, _ in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for row, layer in enumerate(range(*rows)):
+            wanted.setdefault(names[layer], []).append((block[row], tuple(inner)))
+    for name, targets in wanted.items():
+        parts = files.read(name, [hf_index(leaf, bounds) for _, bounds in targets])
+        for (target, bounds), part in zip(targets, parts, strict=True):
+            copy_cast(target, view_as_ours(leaf, part, bounds))
+    return blocks

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError, ModelError, StageError
-from drift_jax.models.hf import load_params, load_qwen_config, resolve_model, save_hf
+from drift_jax.models.hf import load_params, load_qwen_config, resolve_model
+from drift_jax.models.hf_export import save_hf
 from drift_jax.sharding import Layout, build_layout
 from tests.full_disk import full_disk  # noqa: F401
 from tests.tiny_models import build_tiny_model
