@@ -21,7 +21,8 @@ from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, batch_split, put_batch
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import ConfigError
-from drift_jax.models.hf import load_params, load_qwen_config, save_hf
+from drift_jax.models.hf import load_params, load_qwen_config
+from drift_jax.models.hf_export import save_hf
 from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.sharding import (
     ACTIVATIONS,
