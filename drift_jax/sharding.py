@@ -162,6 +162,8 @@ def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
             for axis in axes
             if axis not in AXES
         ]
+        if len(set(axes)) < len(axes):
+            problems.append(f"mesh.rules.{dim}: a mesh axis can split a dim once, found {list(axes)}.")
     if problems:
         raise ConfigError("\n".join(problems))
     rules = {**table, **{dim: tuple(axes) for dim, axes in changes.items()}}
@@ -210,7 +212,7 @@ def build_sharding(layout: Layout, dims: Dims, shape: Sequence[int], name: str =
         if dim in REPLICATED_WHEN_INDIVISIBLE:
             spec[i] = None
             continue
-        fitting = max(n for n in range(1, ways) if size % n == 0)
+        fitting = max(n for n in range(1, ways) if size % n == 0 and layout.devices % n == 0)
         raise ConfigError(
             f"{name}: dim {dim!r} of size {size} cannot be split {ways} ways (mesh {layout.sizes}). Choose mesh sizes "
             f"whose product over {axes!r} divides {size}, {fitting} for example, or change mesh.rules.{dim}."
