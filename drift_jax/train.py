@@ -238,7 +238,7 @@ class Trainer:
         self.jitted_step = jax.jit(
             partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(layout))
         )
-        self._score = jax.jit(partial(score_step, self.setup), out_shardings=replicated(layout))
+        self.jitted_score = jax.jit(partial(score_step, self.setup), out_shardings=replicated(layout))
 
     def _abstract_state(self, params: dict[str, Any]) -> TrainState:
         """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
@@ -295,7 +295,7 @@ class Trainer:
         waiting: list[tuple[Int[np.ndarray, "R"], PairScores]] = []
         for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
             with use_layout(self.layout):
-                waiting.append((rows, self._score(params, put_batch(batch, self.layout))))
+                waiting.append((rows, self.jitted_score(params, put_batch(batch, self.layout))))
             # One batch behind, so that the device always has the next one.
             if len(waiting) > 1:
                 collect(*waiting.pop(0))

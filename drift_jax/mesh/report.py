@@ -38,8 +38,8 @@ from drift_jax.mesh.rows import (
     rule_rows,
     total_rows,
 )
-from drift_jax.models.architecture import load_hf_config, qwen_config_from_hf
-from drift_jax.models.hf import resolve_model
+from drift_jax.models.architecture import qwen_config_from_hf
+from drift_jax.models.published import find_architecture
 from drift_jax.sharding import ACTIVATIONS, Layout, build_layout, to_spec
 from drift_jax.stages.dpo import build_trainer
 from drift_jax.train import TrainState
@@ -98,7 +98,7 @@ def build_report(
       ConfigError: the mesh does not fit the devices or the model, or there is no such parameter to draw.
     """
     layout = build_layout(config.mesh, devices)
-    hf_config = find_architecture(config)
+    hf_config = find_architecture(config.model.path, config.model.revision)
     qwen = qwen_config_from_hf(hf_config, source=f"config.json of {config.model.path}")
     state = _abstract_state(config, hf_config, layout)
     parameters = parameter_rows(qwen, state.params, layout)
@@ -125,11 +125,6 @@ def build_report(
         problems=tuple(find_problems(config, layout)),
         drawings=tuple(_drawings(layout, parameters, state.params, draw)),
     )
-
-
-def find_architecture(config: RunConfig) -> dict[str, Any]:
-    """`config.json` of the model that a run starts from."""
-    return load_hf_config(resolve_model(config.model.path, config.model.revision))
 
 
 def plan_devices(count: int) -> list[jax.Device]:

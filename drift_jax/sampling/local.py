@@ -96,7 +96,7 @@ class LocalSampler(Sampler):
         self.batch_size = batch_size
         # Every process of the mesh reads all tokens.
         everywhere = replicated(policy.layout)
-        self._generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1, out_shardings=everywhere)
+        self.jitted_generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1, out_shardings=everywhere)
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, on_batch: OnBatch | None = None
@@ -138,7 +138,7 @@ class LocalSampler(Sampler):
         with use_layout(layout):
             by_row = build_sharding(layout, ("batch", None), ids.shape, "prompts")
             one = build_sharding(layout, ("batch",), lengths.shape, "prompts")
-            tokens = self._generate(
+            tokens = self.jitted_generate(
                 self.policy.params,
                 params,
                 put(ids, by_row),
