@@ -167,9 +167,15 @@ def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
     if problems:
         raise ConfigError("\n".join(problems))
     rules = {**table, **{dim: tuple(axes) for dim, axes in changes.items()}}
+    if "embed_of_batch" not in changes:
+        rules["embed_of_batch"] = _embed_of_batch(rules)
     for name, dims in ACTIVATIONS.items():
         to_spec(dims, rules, name)
     return rules
+
+
+def _embed_of_batch(rules: Rules) -> tuple[str, ...]:
+    return tuple(axis for axis in rules["embed"] if axis not in rules["batch"])
 
 
 def to_spec(dims: Dims, rules: Rules, name: str = "array") -> PartitionSpec:
@@ -239,7 +245,7 @@ def for_sampling(layout: Layout) -> Layout:
     A decoded token is one place of its row: there is no length to split. Weights stay where they are.
     """
     rules = {**layout.rules, "length": (), "batch": (*layout.rules["batch"], *layout.rules["length"])}
-    rules["embed_of_batch"] = tuple(axis for axis in rules["embed"] if axis not in rules["batch"])
+    rules["embed_of_batch"] = _embed_of_batch(rules)
     return replace(layout, rules=rules)
 
 
