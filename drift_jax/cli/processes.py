@@ -46,7 +46,8 @@ def across_processes(command: Callable[..., None]) -> Callable[..., None]:
         from drift_jax.distributed import Processes, start_processes
 
         processes = Processes(*(given.pop(name) for name in _OPTIONS))
-        start_processes(processes)
+        if given.get("devices") is None:  # devices that are not here have no processes
+            start_processes(processes)
         command(**given)
 
     whole = own.replace(parameters=[*own.parameters.values(), *more])
