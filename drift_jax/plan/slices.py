@@ -131,9 +131,11 @@ def open_local(count: int, hbm_gib: float | None = None) -> Slice:
     """
     import jax
 
-    if _only_cpu(jax):
-        with contextlib.suppress(RuntimeError):  # JAX has started: what is there is checked below
-            jax.config.update("jax_num_cpu_devices", count)
+    settings: Any = jax.config  # its attributes are not declared
+    if not (settings.jax_platforms or _has_gpu() or _has_tpu()):
+        _use_cpu(jax)  # an installed libtpu would look for its TPU for minutes
+    with contextlib.suppress(RuntimeError):  # JAX has started: what is there is checked below
+        jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices()
     if len(devices) < count:
         raise ConfigError(
@@ -145,18 +147,14 @@ def open_local(count: int, hbm_gib: float | None = None) -> Slice:
     source = "--hbm-gib" if hbm_gib is not None else H100.limit_from
     chip = Chip(platform, limit, H100.peak_flops, None, H100.link_bytes, source)
     note = (
-        f"memory and collectives as the {platform} compiler makes them, against {limit:.1f} GiB ({source}); time from FLOPs and bytes "
-        "at the peaks of an H100"
+        f"memory and collectives as the {platform} compiler makes them, against {limit:.1f} GiB ({source}); time from "
+        "FLOPs and bytes at the peaks of an H100"
     )
     return Slice(f"{count} x {platform}", devices[:count], chip, note)
 
 
-def _only_cpu(jax: Any) -> bool:
-    """Whether JAX would find nothing but CPUs, as far as that is known before it starts."""
-    wanted = jax.config.jax_platforms or ""
-    if wanted:
-        return wanted == "cpu"
-    return not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu"))
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _has_tpu() -> bool:
