@@ -319,6 +319,7 @@ def test_missing_tpu_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_many_devices_are_refused() -> None:
+    assert len(jax.devices()) == 8  # JAX has started, so that its number of fake devices stays
     with pytest.raises(ConfigError, match=r"--devices 9: 8 cpu devices are here"):
         slices.open_local(9)
 
