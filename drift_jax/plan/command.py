@@ -28,7 +28,9 @@ def plan_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")],
     topology: Annotated[
         Optional[str],  # noqa: UP045  (typer reads this form on every version)
-        typer.Option(help="A TPU slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4: compiled for without a TPU."),
+        typer.Option(
+            help="A TPU slice (v5e:4x4, v5p:2x2x2, v6e:4x4, ...) or GPUs (h100:8): compiled for without them."
+        ),
     ] = None,
     devices: Annotated[
         Optional[int],  # noqa: UP045
@@ -98,13 +100,13 @@ def open_devices(topology: str | None, devices: int | None, hbm_gib: float | Non
 
     if (topology is None) == (devices is None):
         raise ConfigError(
-            f"give --topology (a TPU slice, such as {', '.join(EXAMPLES[:5])}) or --devices (so many of this machine)."
+            f"give --topology (a slice, such as {', '.join(EXAMPLES[::2])}) or --devices (so many of this machine)."
         )
     if topology is None:
         assert devices is not None
         return open_local(devices, hbm_gib)
     if hbm_gib is not None:
-        raise ConfigError("--hbm-gib goes with --devices: of a TPU slice the compiler knows the memory.")
+        raise ConfigError("--hbm-gib goes with --devices: the memory of a slice is known.")
     return open_slice(topology)
 
 

@@ -1,7 +1,7 @@
-"""Slices of TPUs that are not there, and what a chip of each generation can do.
+"""Slices of TPUs and machines with GPUs that are not there, and what a chip of each generation can do.
 
-`open_slice("v5e:4x4")` gives the devices of a TPU slice to compile for; `open_local(8)` gives local devices. Both set
-what has to be set before JAX looks for devices.
+`open_slice("v5e:4x4")` and `open_slice("h100:8")` give devices to compile for; `open_local(8)` gives local devices. They
+set what has to be set before JAX looks for devices.
 """
 
 from __future__ import annotations
@@ -16,10 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import ConfigError
+from drift_jax.plan.gpus import describe_gpus
 
-EXAMPLES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v6e:2x2", "v6e:4x4", "v6e:8x8")
+EXAMPLES = (
+    "v5e:2x2",
+    "v5e:4x4",
+    "v5e:8x8",
+    "v5p:2x2x1",
+    "v5p:2x2x2",
+    "v5p:2x2x4",
+    "v6e:2x2",
+    "v6e:4x4",
+    "v6e:8x8",
+    "h100:8",
+    "h100:2x8",
+)
 _HOST = "2x2x1"  # chips of a host, as the compiler lays slices out
 _NAME = re.compile(r"(v\w+):(\d+(?:x\d+)+)")
+_GPU_NAME = re.compile(r"(h\d+):(?:(\d+)x)?(\d+)")
 _GIB = 2**30
 
 
@@ -45,6 +59,7 @@ CHIPS: dict[str, Chip] = {
 }
 # 80 GB as NVIDIA counts them are 74.5 GiB; what CUDA and the libraries keep for themselves is not taken off.
 H100 = Chip("H100 80GB", 80e9 / _GIB, 989e12, None, 450e9, "80 GB")
+GPUS = {"h100": H100, "h200": Chip("H200", 141e9 / _GIB, 989e12, None, 450e9, "141 GB")}
 
 
 @dataclass(frozen=True)
@@ -59,16 +74,22 @@ class Slice:
 
 
 def open_slice(topology: str) -> Slice:
-    """The devices of a TPU slice, by its generation and shape: no TPU is needed, the TPU compiler is.
+    """The devices of a TPU slice by its generation and shape, or of machines with GPUs by their number.
+
+    Neither need be there; the TPU compiler or XLA's GPU compiler must be.
 
     Raises:
-      ConfigError: no such slice, or libtpu is not installed.
+      ConfigError: no such slice, or its compiler is not installed.
     """
+    gpus = _GPU_NAME.fullmatch(topology.lower())
+    if gpus is not None and gpus[1] in GPUS:
+        return _open_gpus(topology.lower(), gpus[1], int(gpus[2] or 1), int(gpus[3]))
     found = _NAME.fullmatch(topology)
     if found is None or found[1] not in CHIPS:
         raise ConfigError(
-            f"--topology {topology!r} is no slice that can be planned for. It is a generation ({', '.join(CHIPS)}) "
-            f"and the chips along each side, such as {', '.join(EXAMPLES)}."
+            f"--topology {topology!r} is no slice that can be planned for. It is a generation of TPUs "
+            f"({', '.join(CHIPS)}) and the chips along each side, or a GPU ({', '.join(GPUS)}) and how many, or hosts "
+            f"x GPUs of each: {', '.join(EXAMPLES)}."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -104,6 +125,18 @@ def open_slice(topology: str) -> Slice:
         ) from None
     note = f"compiled by the TPU compiler for {len(devices)} devices on {hosts} host{'s' * (hosts > 1)}"
     return Slice(topology, devices, CHIPS[found[1]], note, host)
+
+
+def _open_gpus(topology: str, kind: str, hosts: int, count: int) -> Slice:
+    import jax
+
+    _use_cpu(jax)
+    devices, chip = describe_gpus(kind, hosts, count), GPUS[kind]
+    note = (
+        f"compiled by XLA's GPU compiler for {hosts * count} {chip.name} on {hosts} host{'s' * (hosts > 1)}, against "
+        f"{chip.limit_gib:.1f} GiB ({chip.limit_from}); time from FLOPs at half of the peak and bytes over NVLink"
+    )
+    return Slice(topology, devices, chip, note, describe_gpus(kind, 1, count) if hosts > 1 else ())
 
 
 def _describe_slice(topologies: Any, name: str) -> Sequence[Any]:
