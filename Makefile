@@ -51,6 +51,13 @@ $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
 	$(call pip_install,$(VENV),.[$(ALL_EXTRAS)])
 	@touch $@ $(VENV)/.installed-demo
 
+# Beside the packages: where JAX finds libtpu, every command would look for a TPU first.
+$(VENV)/.installed-tpu-compiler: pyproject.toml | $(VENV)/.installed-all
+	@echo "Installing the TPU compiler into $(VENV)/tpu_compiler"
+	@$(BIN)/python -m pip install -q --no-deps --target $(VENV)/tpu_compiler "$$($(BIN)/python -c 'from importlib.metadata \
+	    import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
+	@touch $@
+
 $(SMOKE_VENV)/.installed: pyproject.toml
 	@python=$$(bash scripts/find_python312.sh) && "$$python" -m venv $(SMOKE_VENV)
 	$(call pip_install,$(SMOKE_VENV),.)
@@ -70,7 +77,7 @@ else
 	    --run-dir runs/quickstart-$(notdir $(MODEL)) $(ARGS)
 endif
 
-test: $(VENV)/.installed-all
+test: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-all

@@ -1,7 +1,7 @@
 """Slices of TPUs and machines with GPUs that are not there, and what a chip of each generation can do.
 
-`open_slice("v5e:4x4")` and `open_slice("h100:8")` give devices to compile for; `open_local(8)` gives local devices. They
-set what has to be set before JAX looks for devices.
+`open_slice("v5e:4x4")` and `open_slice("h100:8")` give devices to compile for, `open_local(8)` local ones. Both set
+what has to be set before JAX looks for devices.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from drift_jax.config import load_config
 from drift_jax.errors import ConfigError, ModelError, StageError
 from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.published import ARCHITECTURES, find_architecture
-from drift_jax.plan import command, search, slices
+from drift_jax.plan import command, search
 from drift_jax.plan.collectives import Traffic
 from drift_jax.plan.hlo import Instruction
 from drift_jax.plan.programs import Programs, build_programs, sampling_layout_of
@@ -304,24 +304,6 @@ def test_model_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # A longer context has another rope: not the model of the table.
     with pytest.raises(ModelError, match=r"the hub did not give its config.json \(OSError: no network\)"):
         find_architecture("Qwen/Qwen2.5-7B-Instruct-1M")
-
-
-@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "4x4", "v5e:4x", "v4:2x2x1"])
-def test_unknown_slices_are_refused(topology: str) -> None:
-    with pytest.raises(ConfigError, match=r"no slice that can be planned for.*v5e:4x4.*v5p:2x2x2"):
-        slices.open_slice(topology)
-
-
-def test_missing_tpu_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'drift-jax\[plan\]'"):
-        slices.open_slice("v5e:4x4")
-
-
-def test_too_many_devices_are_refused() -> None:
-    assert len(jax.devices()) == 8  # JAX has started, so that its number of fake devices stays
-    with pytest.raises(ConfigError, match=r"--devices 9: 8 cpu devices are here"):
-        slices.open_local(9)
 
 
 # --- the command ---------------------------------------------------------------------------------------------

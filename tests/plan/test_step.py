@@ -112,9 +112,11 @@ def test_parameters_gathered_ahead_of_the_loop_are_caught(ahead: bool) -> None:
 
 # --- the TPU compiler ----------------------------------------------------------------------------------------
 
+TPU_COMPILER = Path(sys.prefix) / "tpu_compiler"  # where `make test` puts it
+
 needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the TPU compiler, is not installed: pip install 'drift-jax[plan]'",
+    importlib.util.find_spec("libtpu") is None and not TPU_COMPILER.is_dir(),
+    reason="libtpu, the TPU compiler, is not installed: make test does it, or pip install 'drift-jax[plan]'",
 )
 
 
@@ -126,6 +128,7 @@ def test_7b_step_for_sixteen_tpu_chips(tmp_path: Path) -> None:
     command += ["--model", "qwen2.5-7b", "--topology", "v5e:4x4", "--set", "train.accumulation_steps=2"]
     # Apart from the settings of this process; the TPU compiler is for one process at a time.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    environment["PYTHONPATH"] = str(TPU_COMPILER)
     with FileLock(Path(tempfile.gettempdir()) / "drift_jax_libtpu.lock"):
         done = subprocess.run(
             [*command, "--hlo", str(text)], capture_output=True, text=True, env=environment, timeout=600
