@@ -11,6 +11,7 @@ from typing import Any, final
 
 import orbax.checkpoint as ocp
 
+from drift_jax.distributed import is_lost_peer
 from drift_jax.errors import StageError
 
 _META = "meta"
@@ -57,6 +58,8 @@ class Checkpointer:
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
         except Exception as error:
+            if is_lost_peer(error):
+                raise
             raise self._failed(error) from error
 
     def wait(self) -> None:
@@ -65,6 +68,8 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
+            if is_lost_peer(error):
+                raise
             raise self._failed(error) from error
 
     def read_meta(self, step: int) -> dict[str, Any]:

@@ -97,6 +97,7 @@ class SamplingConfig:
     max_new_tokens: PositiveInt = 512
     max_input_length: PositiveInt = 2048  # tokens; a longer sampling prompt keeps its END
     batch_size: PositiveInt = 16  # rows decoded together
+    per_host: bool | None = None  # each host samples its share with a whole policy; null: where one fits a host
     compute_dtype: DType = "bfloat16"
     seed: int = 42
 

@@ -26,6 +26,14 @@ class DataError(DriftError):
     """Input data cannot be used."""
 
 
+class PeerError(DriftError):
+    """What went wrong on one process of a run of several; raised on all of them."""
+
+    def __init__(self, message: str, process: int) -> None:
+        self.process = process
+        super().__init__(message if process == 0 else f"process {process}: {message}")
+
+
 class StageError(DriftError):
     """A stage of a run cannot start or cannot finish (changed key, full disk, missing input)."""
 

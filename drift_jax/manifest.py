@@ -17,7 +17,7 @@ from typing import Any, final
 
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
-from drift_jax.records import write_json
+from drift_jax.files import write_json
 
 MANIFEST_FILE = "manifest.json"
 # Files of a model directory that change what the model computes or how text becomes ids.
@@ -143,7 +143,8 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / ".lock"
 
-    def __enter__(self) -> RunLock:
+    def acquire(self) -> None:
+        """Raises `StageError` when another process has it."""
         import fcntl
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,6 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         self._file.close()

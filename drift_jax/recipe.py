@@ -12,9 +12,11 @@ was interrupted, and refuses what was made with another config (`manifest.py`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -24,6 +26,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from drift_jax.config import RunConfig, config_to_yaml
+from drift_jax.distributed import is_main, on_each, on_main
 from drift_jax.errors import ConfigError
 from drift_jax.manifest import Manifest, RunLock
 from drift_jax.models.hf import load_qwen_config, resolve_model
@@ -52,9 +55,9 @@ def run(config: RunConfig, console: Console) -> Path:
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         # An iteration compiles what the one before compiled; so does a run that is resumed.
         jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
-    initial = resolve_model(config.model.path, config.model.revision)
-    check_run(config, initial)
-    with RunLock(run_dir):
+    initial = on_each(lambda: resolve_model(config.model.path, config.model.revision))
+    on_main(lambda: check_run(config, initial))
+    with run_lock(run_dir):
         recipe = Recipe(config, run_dir, console)
         policy = initial
         if config.data.seed_train:
@@ -63,6 +66,18 @@ def run(config: RunConfig, console: Console) -> Path:
             policy = recipe.iterate(iteration, policy, initial)
         recipe.show(initial, policy)
     return policy
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Keeps other runs out of the directory; process 0 holds the lock for all of its run."""
+    lock = RunLock(run_dir)
+    on_main(lambda: lock.acquire())
+    try:
+        yield
+    finally:
+        if is_main():
+            lock.release()
 
 
 def check_run(config: RunConfig, model_dir: Path) -> None:
@@ -93,10 +108,10 @@ class Recipe:
         self.config = config
         self.run_dir = run_dir
         self.console = console
-        self.manifest = Manifest(run_dir)
+        self.manifest = on_each(lambda: Manifest(run_dir))
         self.started = time.monotonic()
         self.rows: list[StageSummary] = []
-        run_dir.mkdir(parents=True, exist_ok=True)
+        on_main(lambda: run_dir.mkdir(parents=True, exist_ok=True))
 
     def seed(self, policy: Path) -> Path:
         """DPO on the seed pairs: policy_0."""
@@ -111,11 +126,13 @@ class Recipe:
         """One iteration: sample, pair, train, export. Returns policy_k."""
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
         dsat = Path(self.config.data.dsat)
-        keys, inputs = sample_identity(self.config, self.manifest, policy, dsat)
+        keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, dsat))
         self._stage(
             f"{name}/sample", keys, inputs, lambda: sample_stage(self.config, policy, str(dsat), out_dir, self.console)
         )
-        self._stage(f"{name}/pair", keys, inputs, lambda: pair_stage(self.config, inputs["policy"], str(dsat), out_dir))
+        policy_hash = inputs["policy"]
+        pair = partial(pair_stage, self.config, policy_hash, str(dsat), out_dir)
+        self._stage(f"{name}/pair", keys, inputs, lambda: on_main(pair))
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
         pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
         job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs)
@@ -126,27 +143,29 @@ class Recipe:
         answers: list[dict[str, str]] = []
         if self.config.recipe.showcase_prompts:
             keys = {"prompts": list(self.config.recipe.showcase_prompts)}
-            inputs = {"before": self.manifest.model_hash(initial), "after": self.manifest.model_hash(policy)}
+            models = {"before": initial, "after": policy}
+            inputs = on_main(lambda: {when: self.manifest.model_hash(path) for when, path in models.items()})
             path = self.run_dir / "showcase.json"
             self._stage(
                 "showcase", keys, inputs, lambda: showcase_stage(self.config, initial, policy, path, self.console)
             )
-            answers = json.loads(path.read_text(encoding="utf-8"))
+            answers = on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
         self.console.print(summary_table(self.rows, title=f"{self.run_dir}"))
         for answer in answers:
             before, after = (_printable(answer[when]) for when in ("before", "after"))
             text = Text.assemble(("before  ", "dim"), before, "\n\n", ("after   ", "bold"), after)
             self.console.print(Panel(text, title=Text(answer["prompt"]), title_align="left"))
-        (self.run_dir / "summary.md").write_text(summary_markdown(self.rows), encoding="utf-8")
+        text = summary_markdown(self.rows)
+        on_main(lambda: (self.run_dir / "summary.md").write_text(text, encoding="utf-8"))
         seconds = time.monotonic() - self.started
         self.console.print(f"{seconds:.0f} seconds, at most {peak_rss_gib():.1f} GiB of memory")
         self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
 
     def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
-        keys, inputs = train_identity(self.config, self.manifest, job)
+        keys, inputs = on_main(lambda: train_identity(self.config, self.manifest, job))
         self._stage(f"{name}/train", keys | more_keys, inputs, lambda: train_stage(self.config, job, self.console))
         hf, checkpoints = job.out_dir / "hf", job.out_dir / "checkpoints"
-        keys, inputs = export_identity(self.config, self.manifest, job)
+        keys, inputs = on_main(lambda: export_identity(self.config, self.manifest, job))
         self._stage(
             f"{name}/export",
             keys | more_keys,
@@ -157,18 +176,14 @@ class Recipe:
 
     def _stage(self, stage: str, keys: dict[str, Any], inputs: dict[str, str], work: Callable[[], Summary]) -> None:
         """Does the work unless it is done; either way its row goes into the closing table."""
-        if self.manifest.enter(stage, keys, inputs):
+        if on_main(lambda: self._enter(stage, keys, inputs)):
             self.console.print(f"{stage}: finished before, skipped", style="dim")
         else:
-            # Only now: a refused call must not replace the config that the run was made with.
-            (self.run_dir / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
             self.console.rule(stage, align="left")
-            self._log(stage, "started")
             start = time.monotonic()
             summary = work()
-            self.manifest.finish(stage, summary | {"seconds": time.monotonic() - start})
-            self._log(stage, "finished")
-        s = self.manifest.summary(stage)
+            on_main(lambda: self._finish(stage, summary | {"seconds": time.monotonic() - start}))
+        s = on_main(lambda: self.manifest.summary(stage))
         self.rows.append(
             StageSummary(
                 stage=stage,
@@ -181,6 +196,19 @@ class Recipe:
                 seconds=s.get("seconds"),
             )
         )
+
+    def _enter(self, stage: str, keys: dict[str, Any], inputs: dict[str, str]) -> bool:
+        """True when the stage is finished already."""
+        if self.manifest.enter(stage, keys, inputs):
+            return True
+        # Only now: a refused call must not replace the config that the run was made with.
+        (self.run_dir / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
+        self._log(stage, "started")
+        return False
+
+    def _finish(self, stage: str, summary: dict[str, Any]) -> None:
+        self.manifest.finish(stage, summary)
+        self._log(stage, "finished")
 
     def _log(self, stage: str, event: str) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stage": stage, "event": event}

@@ -16,16 +16,14 @@ reported together, each with its line. Files are written under a temporary name,
 from __future__ import annotations
 
 import codecs
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from drift_jax.errors import BadRowsError, DataError, StageError
+from drift_jax.errors import BadRowsError, DataError
 
 Row = dict[str, Any]
 OnBadRow = Literal["error", "skip"]
@@ -77,6 +75,15 @@ class Rows(Generic[RecordT]):
     skipped: tuple[tuple[int, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class Share(Generic[RecordT]):
+    """What one process read of a file: (line, record), and (line, reason) of rows that break the format."""
+
+    records: tuple[tuple[int, RecordT], ...]
+    bad: tuple[tuple[int, str], ...]
+    total: int  # rows of the whole file
+
+
 def read_dsat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[DsatRecord]:
     """Reads DSAT records.
 
@@ -99,6 +106,15 @@ def read_pairs(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[Pair]:
     Arguments and errors as in `read_dsat`.
     """
     return _read(Path(path), on_bad_row, _pair_problems, _pair_from_row)
+
+
+def read_pair_share(path: str | Path, index: int, count: int) -> Share[Pair]:
+    """Every `count`-th row of a file of pairs: share `index` of `count`, which `settle_rows` judges together.
+
+    Raises:
+      DataError: as `read_dsat`, less what concerns single rows.
+    """
+    return _read_share(Path(path), index, count, _pair_problems, _pair_from_row)
 
 
 def dsat_to_row(record: DsatRecord) -> Row:
@@ -130,76 +146,6 @@ def messages_to_rows(messages: Iterable[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """A file that appears under `path` complete or not at all; text mode is UTF-8 with LF line ends.
-
-    The temporary file lies in the same directory and is removed when the block raises.
-
-    Raises:
-      StageError: the operating system refuses (full disk, missing directory, ...); names path and reason.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(temporary, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        _remove(temporary)
-        raise StageError(
-            f"cannot write {path}: {error.strerror or error}. Nothing was left half-written; "
-            "free space or mend the path, then run again."
-        ) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, atomically. Raises `StageError` as `atomic_writer` does."""
-    with atomic_writer(path) as file:
-        for row in rows:
-            file.write(_to_json(path, row) + "\n")
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes one JSON value, indented, atomically. Raises `StageError` as `atomic_writer` does."""
-    with atomic_writer(path) as file:
-        file.write(_to_json(path, value, indent=2) + "\n")
-
-
-def _to_json(path: str | Path, value: Any, indent: int | None = None) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-        text.encode("utf-8")
-    except ValueError as error:  # NaN, infinity, a lone surrogate: other readers would refuse the file
-        raise StageError(f"cannot write {path}: JSON cannot hold this value: {error}") from error
-    return text
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    # Makes the rename itself survive a power cut; some file systems do not offer it, which is no error.
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -209,29 +155,60 @@ def _read(
     find_problems: Callable[[Row], list[str]],
     from_row: Callable[[Row], Any],
 ) -> Rows[Any]:
-    records: list[Any] = []
+    share = _read_share(path, 0, 1, find_problems, from_row)
+    kept, bad = settle_rows(path, on_bad_row, [(line, r.id) for line, r in share.records], share.bad, share.total)
+    return Rows(tuple(record for line, record in share.records if line in kept), bad)
+
+
+def _read_share(
+    path: Path,
+    index: int,
+    count: int,
+    find_problems: Callable[[Row], list[str]],
+    from_row: Callable[[Row], Any],
+) -> Share[Any]:
+    records: list[tuple[int, Any]] = []
     bad: list[tuple[int, str]] = []
-    line_of_id: dict[str, int] = {}
     total = 0
     for line, raw in _lines(path):
         total += 1
+        if total % count != index:
+            continue
         row, problems = _parse(raw)
         if row is not None:
             problems = find_problems(row) + _encoding_problems(row)
         if problems or row is None:
             bad += [(line, why) for why in problems]
-            continue
-        record = from_row(row)
-        first = line_of_id.setdefault(record.id, line)
-        if first == line:
-            records.append(record)
         else:
-            bad.append((line, f"id {record.id!r} is already the id of line {first}; ids must be unique"))
+            records.append((line, from_row(row)))
+    return Share(tuple(records), tuple(bad), total)
+
+
+def settle_rows(
+    path: Path, on_bad_row: OnBadRow, ids: Iterable[tuple[int, str]], bad: Iterable[tuple[int, str]], total: int
+) -> tuple[set[int], tuple[tuple[int, str], ...]]:
+    """Of all shares of a file: the lines whose records stay, and the rows left out as (line, reason).
+
+    Args:
+      ids: (line, id) of the rows that can be read.
+      bad: (line, reason) of those that cannot.
+      total: rows of the file.
+
+    Raises:
+      BadRowsError, DataError: as `read_dsat`.
+    """
+    line_of_id: dict[str, int] = {}
+    problems = list(bad)
+    for line, name in sorted(ids):
+        first = line_of_id.setdefault(name, line)
+        if first != line:
+            problems.append((line, f"id {name!r} is already the id of line {first}; ids must be unique"))
+    problems.sort(key=lambda problem: problem[0])
     if not total:
         raise DataError(f"{path} is empty: at least one row is needed.")
-    if bad and (on_bad_row == "error" or not records):
-        raise BadRowsError(str(path), bad, total)
-    return Rows(tuple(records), tuple(bad))
+    if problems and (on_bad_row == "error" or not line_of_id):
+        raise BadRowsError(str(path), problems, total)
+    return set(line_of_id.values()), tuple(problems)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.config import MeshConfig
@@ -161,12 +162,20 @@ def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
             for axis in axes
             if axis not in AXES
         ]
+        if len(set(axes)) < len(axes):
+            problems.append(f"mesh.rules.{dim}: a mesh axis can split a dim once, found {list(axes)}.")
     if problems:
         raise ConfigError("\n".join(problems))
     rules = {**table, **{dim: tuple(axes) for dim, axes in changes.items()}}
+    if "embed_of_batch" not in changes:
+        rules["embed_of_batch"] = _embed_of_batch(rules)
     for name, dims in ACTIVATIONS.items():
         to_spec(dims, rules, name)
     return rules
+
+
+def _embed_of_batch(rules: Rules) -> tuple[str, ...]:
+    return tuple(axis for axis in rules["embed"] if axis not in rules["batch"])
 
 
 def to_spec(dims: Dims, rules: Rules, name: str = "array") -> PartitionSpec:
@@ -209,7 +218,7 @@ def build_sharding(layout: Layout, dims: Dims, shape: Sequence[int], name: str =
         if dim in REPLICATED_WHEN_INDIVISIBLE:
             spec[i] = None
             continue
-        fitting = max(n for n in range(1, ways) if size % n == 0)
+        fitting = max(n for n in range(1, ways) if size % n == 0 and layout.devices % n == 0)
         raise ConfigError(
             f"{name}: dim {dim!r} of size {size} cannot be split {ways} ways (mesh {layout.sizes}). Choose mesh sizes "
             f"whose product over {axes!r} divides {size}, {fitting} for example, or change mesh.rules.{dim}."
@@ -222,13 +231,21 @@ def replicated(layout: Layout) -> NamedSharding:
     return NamedSharding(layout.mesh, PartitionSpec())
 
 
+def put(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on every process, onto the devices; each process sends what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def for_sampling(layout: Layout) -> Layout:
     """The same mesh with rows of their own on every device that would share the tokens of a row.
 
     A decoded token is one place of its row: there is no length to split. Weights stay where they are.
     """
     rules = {**layout.rules, "length": (), "batch": (*layout.rules["batch"], *layout.rules["length"])}
-    rules["embed_of_batch"] = tuple(axis for axis in rules["embed"] if axis not in rules["batch"])
+    rules["embed_of_batch"] = _embed_of_batch(rules)
     return replace(layout, rules=rules)
 
 

@@ -38,7 +38,7 @@ from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
 from drift_jax.models.stack import resolve_scan
 from drift_jax.optim import apply_gradients, build_optimizer, build_schedule
-from drift_jax.sharding import Layout, constrain, replicated, use_layout
+from drift_jax.sharding import Layout, constrain, put, replicated, use_layout
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -238,7 +238,7 @@ class Trainer:
         self.jitted_step = jax.jit(
             partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(layout))
         )
-        self._score = jax.jit(partial(score_step, self.setup))
+        self.jitted_score = jax.jit(partial(score_step, self.setup), out_shardings=replicated(layout))
 
     def _abstract_state(self, params: dict[str, Any]) -> TrainState:
         """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
@@ -260,7 +260,7 @@ class Trainer:
 
     def state_at(self, step: int, params: dict[str, Any], opt_state: optax.OptState) -> TrainState:
         """The state after `step` updates, from restored parts."""
-        return TrainState(params, opt_state, jax.device_put(np.int32(step), replicated(self.layout)))
+        return TrainState(params, opt_state, put(np.int32(step), replicated(self.layout)))
 
     def step(self, state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         """One update. `state` is donated: it cannot be used again."""
@@ -295,7 +295,7 @@ class Trainer:
         waiting: list[tuple[Int[np.ndarray, "R"], PairScores]] = []
         for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
             with use_layout(self.layout):
-                waiting.append((rows, self._score(params, put_batch(batch, self.layout))))
+                waiting.append((rows, self.jitted_score(params, put_batch(batch, self.layout))))
             # One batch behind, so that the device always has the next one.
             if len(waiting) > 1:
                 collect(*waiting.pop(0))

@@ -37,7 +37,7 @@ from drift_jax.data.pairs import TokenizedPair
 from drift_jax.models import triton
 from drift_jax.models.attention import BACKENDS, AttentionBackend, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, to_intervals
-from scripts.counts import count_seen
+from drift_jax.plan.flops import count_seen
 
 Times = dict[str, Any]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # runs from a checkout that is not installed
 
-from scripts.architectures import ARCHITECTURES  # noqa: E402
+from drift_jax.models.published import ARCHITECTURES  # noqa: E402
 
 
 def measure_ours(model: Path, dtype: str, devices: int, export: bool) -> dict[str, float]:

@@ -49,13 +49,14 @@ from drift_jax.data.pairs import tokenize_pair  # noqa: E402
 from drift_jax.data.rules import build_rules  # noqa: E402
 from drift_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from drift_jax.errors import DriftError  # noqa: E402
+from drift_jax.models.architecture import QwenConfig  # noqa: E402
 from drift_jax.models.hf import load_qwen_config  # noqa: E402
 from drift_jax.models.hf_export import save_hf  # noqa: E402
+from drift_jax.models.published import ARCHITECTURES, write_architecture  # noqa: E402
 from drift_jax.models.qwen import init_params  # noqa: E402
+from drift_jax.plan.flops import forward_flops  # noqa: E402
 from drift_jax.records import Pair, read_dsat, read_pairs  # noqa: E402
 from drift_jax.sharding import build_layout  # noqa: E402
-from scripts.architectures import ARCHITECTURES, write_architecture  # noqa: E402
-from scripts.counts import count_seen  # noqa: E402
 
 SHARED_DATA = REPO.parent / "shared" / "data" / "dsat_real.jsonl"
 SAMPLE_DATA = REPO / "data" / "sample" / "compare.jsonl"
@@ -142,7 +143,7 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
             gradient_checkpointing=args.trl_checkpointing == "on",
             overrides=args.set,
         )
-        flops = useful_flops(json.loads((model / "config.json").read_text()), pairs)
+        flops = useful_flops(load_qwen_config(model), pairs)
         # The loader shuffles; peers take the pairs as they come, so they get them in its order.
         order = epoch_order(len(pairs), args.seed, 0)
         shuffled = dataclasses.replace(task, pairs=[pairs[i] for i in order])
@@ -193,19 +194,9 @@ def make_model(shape: str, tokenizer_dir: Path, folder: Path) -> Path:
     return folder / shape
 
 
-def useful_flops(config: dict[str, Any], pairs: list[Ids]) -> float:
+def useful_flops(config: QwenConfig, pairs: list[Ids]) -> float:
     """FLOPs that the reference pass and one epoch need, as the top of this file counts them."""
-    width, layers = config["hidden_size"], config["num_hidden_layers"]
-    head = config.get("head_dim") or width // config["num_attention_heads"]
-    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
-    weights = layers * (2 * width * queries + 2 * width * keys + 3 * width * config["intermediate_size"])
-    forward = 0.0
-    for pair in pairs:
-        prompt, chosen, rejected = (len(pair[name]) for name in PART_NAMES)
-        forward += 2 * weights * (prompt + chosen + rejected)
-        forward += 2 * config["vocab_size"] * width * (chosen + rejected)
-        forward += 4 * queries * layers * count_seen(prompt, chosen, rejected)
-    return 4 * forward
+    return 4 * sum(forward_flops(config, *(len(pair[name]) for name in PART_NAMES)) for pair in pairs)
 
 
 def run_side(script: str, python: Path, task: Task, folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tokenizers import decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, not installed
 
 from drift_jax.errors import DriftError, ModelError, StageError
-from drift_jax.records import write_json
+from drift_jax.files import write_json
 
 try:
     import gguf

@@ -25,9 +25,9 @@ import numpy as np  # noqa: E402
 
 from drift_jax.models.architecture import qwen_config_from_hf  # noqa: E402
 from drift_jax.models.hf_export import divide_into_files, weight_index  # noqa: E402
+from drift_jax.models.published import ARCHITECTURES  # noqa: E402
 from drift_jax.models.qwen import declare_qwen, is_declared  # noqa: E402
 from drift_jax.models.safetensors_file import SafetensorsWriter  # noqa: E402
-from scripts.architectures import ARCHITECTURES  # noqa: E402
 
 _NUMBERS = 2**24 + 9  # are made and used again and again; nothing in a model has a size of this kind
 

@@ -25,16 +25,8 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, not installed
 
 from drift_jax.errors import DataError, DriftError
-from drift_jax.records import (
-    DsatRecord,
-    Message,
-    Pair,
-    dsat_to_row,
-    messages_to_rows,
-    pair_to_row,
-    read_dsat,
-    write_jsonl,
-)
+from drift_jax.files import write_jsonl
+from drift_jax.records import DsatRecord, Message, Pair, dsat_to_row, messages_to_rows, pair_to_row, read_dsat
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from drift_jax.models import triton
+from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.intervals import KeyIntervals
 from tests.tiny_pairs import build_tiny_policy
 
@@ -116,7 +117,8 @@ def test_chosen_is_the_reply_after_the_complaint(bench: Any, tmp_path: Path) -> 
 
 def test_useful_flops_by_hand(bench: Any) -> None:
     config = {"hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config |= {"intermediate_size": 8, "vocab_size": 10}
+    config |= {"intermediate_size": 8, "vocab_size": 10, "model_type": "qwen2", "rope_theta": 1e4}
+    config = qwen_config_from_hf(config)
     pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
     weights = 3 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8)
     seen = 1 + 2 + 3 + 3  # the prompt's two positions, then each completion's

@@ -19,6 +19,7 @@ from drift_jax.models.qwen import declare_qwen, init_params
 from drift_jax.sharding import build_layout
 from drift_jax.train import Trainer, TrainState
 from tests.full_disk import full_disk  # noqa: F401
+from tests.processes import run_together
 from tests.tiny_models import VOCAB
 from tests.tiny_pairs import random_pairs
 
@@ -26,7 +27,7 @@ QWEN = QwenConfig("qwen2", VOCAB, 64, 2, 4, 2, 16, 96, 1e4, 1e-6, tied=True, qkv
 CONFIG = TrainConfig(batch_size=8, optimizer="adamw", learning_rate=1e-3)
 
 
-def make_trainer(sizes: tuple[int, int, int]) -> Trainer:
+def make_trainer(sizes: tuple[int, ...]) -> Trainer:
     devices = jax.devices()[: int(np.prod(sizes))]
     return Trainer(*declare_qwen(QWEN), build_layout(MeshConfig(*sizes), devices), CONFIG, "none", 8)
 
@@ -52,15 +53,21 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.mesh
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 1)])
-def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+def save_two_updates(directory: Path) -> TrainState:
+    """A checkpoint of two updates on eight devices that share the weights."""
     trainer = make_trainer((1, 8, 1))
     state = trainer.init_state(init_params(QWEN, 0, trainer.layout))
     for _ in range(2):
         state, _ = trainer.step(state, make_loader(ways=8).shuffled(int(state.step)))
-    with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
+    with Checkpointer(directory, keep=2) as checkpointer:
         save(checkpointer, state)
+    return state
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 1)])
+def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, int, int, int]) -> None:
+    state = save_two_updates(tmp_path / "c")
     other = make_trainer(sizes)
     with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
         assert checkpointer.latest_step() == 2
@@ -69,6 +76,22 @@ def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, 
     assert_equal(restored, state)
     table = restored.params["embed"]
     assert table.sharding.mesh.shape == other.layout.mesh.shape
+
+
+@pytest.mark.slow
+def test_restored_in_two_processes_bit_for_bit(tmp_path: Path) -> None:
+    """Each gets its part; a number that is changed afterwards is seen by the one that has it."""
+    state = save_two_updates(tmp_path / "c")
+    leaves = {str(name): np.array(leaf) for name, leaf in enumerate(jax.tree.leaves(state))}
+    np.savez(tmp_path / "state.npz", **leaves)
+    expected = [(0, "process 0 of 2: "), (0, "process 1 of 2: ")]
+    ends = run_together("tests.restore_part", 2, tmp_path / "c", tmp_path / "state.npz")
+    assert [(code, output.splitlines()[-1][: len("process 0 of 2: ")]) for code, output in ends] == expected, ends
+    largest = max(leaves, key=lambda name: leaves[name].size)
+    leaves[largest].flat[-1] += 1
+    np.savez(tmp_path / "state.npz", **leaves)
+    ends = run_together("tests.restore_part", 2, tmp_path / "c", tmp_path / "state.npz")
+    assert any(code and "Mismatched elements: 1 /" in output for code, output in ends)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:

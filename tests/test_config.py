@@ -38,7 +38,8 @@ data.dsat data.seed_train data.seed_test data.test_rows data.max_rows data.max_l
 data.template data.eos data.truncation data.on_bad_row
 recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
-sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.compute_dtype sampling.seed
+sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.per_host
+sampling.compute_dtype sampling.seed
 train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_tokens train.group_size
 train.epochs train.max_steps train.batch_size
 train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate

@@ -22,11 +22,12 @@ from drift_jax.data.prompts import PROMPT_STYLES
 from drift_jax.data.rules import END_RULES, TEMPLATES, TRUNCATIONS, build_rules
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import ConfigError
+from drift_jax.files import write_jsonl
 from drift_jax.losses import NLL_REDUCTIONS, NLL_TOKENS
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import load_params
 from drift_jax.presets import CHOICES, PRESETS, preset_values
-from drift_jax.records import Pair, pair_to_row, read_pairs, write_jsonl
+from drift_jax.records import Pair, pair_to_row, read_pairs
 from drift_jax.sharding import build_layout
 from drift_jax.stages.dpo import TrainJob, build_loader, build_trainer, train_stage
 from drift_jax.stages.reference import RefLogps

@@ -13,20 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_jax import records
+from drift_jax import files
 from drift_jax.errors import BadRowsError, DataError, StageError
-from drift_jax.records import (
-    DsatRecord,
-    Message,
-    Pair,
-    atomic_writer,
-    dsat_to_row,
-    pair_to_row,
-    read_dsat,
-    read_pairs,
-    write_json,
-    write_jsonl,
-)
+from drift_jax.files import atomic_writer, write_json, write_jsonl
+from drift_jax.records import DsatRecord, Message, Pair, dsat_to_row, pair_to_row, read_dsat, read_pairs
 from tests.full_disk import full_disk  # noqa: F401
 
 REPO = Path(__file__).parents[1]
@@ -383,7 +373,7 @@ def test_disk_that_is_full_when_the_file_is_closed(tmp_path: Path, monkeypatch: 
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(records.os, "fsync", no_space)
+    monkeypatch.setattr(files.os, "fsync", no_space)
     with pytest.raises(StageError, match=r"cannot write .*x\.json: No space left on device"):
         write_json(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []

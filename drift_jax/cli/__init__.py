@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 import typer
+from rich.markup import escape
 
-from drift_jax.cli import stages, tools
+from drift_jax.cli import sharding, stages, tools
 from drift_jax.cli.options import build_console
+from drift_jax.cli.processes import across_processes, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
+from drift_jax.plan.command import plan_command
 
 app = typer.Typer(
     name="drift",
@@ -19,8 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (stages.run, stages.sample, stages.train, stages.export, tools.presets, tools.doctor):
+for command in (stages.run, stages.sample, stages.train, stages.export, sharding.mesh):
+    app.command()(across_processes(command))
+for command in (tools.presets, tools.doctor):
     app.command()(command)
+app.command("plan")(plan_command)
 app.add_typer(tools.config_app, name="config")
 
 
@@ -31,11 +37,11 @@ def main() -> None:
     try:
         app()
     except DriftError as error:
-        build_console(stderr=True).print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
-
-
-def _escape(error: DriftError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+        if is_mine_to_tell(error):
+            build_console(stderr=True).print(
+                f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+            )
+        end_together(2)
+    except Exception as error:
+        tell_lost_peer(error)
+        end_together(1)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from drift_jax.cli.options import build_console, change, refuse_handbook
 from drift_jax.config import RunConfig
+from drift_jax.distributed import on_main
 
 if TYPE_CHECKING:
     from drift_jax.handbook import Translation
@@ -31,7 +32,8 @@ def handbook_run(path: Path, config: Path | None, changes: list[str]) -> RunConf
     print_translation(translation, build_console())
     # With records alone there is no seed stage; with neither, loading says that there are no pairs.
     if resolved.data.seed_train is None and (translation.mixture.train or not resolved.data.dsat):
-        pairs = load_mixture(translation.mixture, Path(resolved.run_dir) / "data", resolved.data.on_bad_row)
+        mixture, data = translation.mixture, Path(resolved.run_dir) / "data"
+        pairs = Path(on_main(lambda: str(load_mixture(mixture, data, resolved.data.on_bad_row))))
         changes = [change("data.seed_train", pairs / "pairs.train.jsonl"), *changes]
         if (pairs / "pairs.test.jsonl").exists():
             changes = [change("data.seed_test", pairs / "pairs.test.jsonl"), *changes]

@@ -41,8 +41,11 @@ def change(key: str, text: object) -> str:
 
 
 def build_console(stderr: bool = False) -> Console:
-    """Colons in paths and values are no emoji codes."""
-    return Console(stderr=stderr, emoji=False)
+    """Colons in paths and values are no emoji codes. Of several processes only the first one talks, errors apart."""
+    import jax
+
+    quiet = not stderr and jax.distributed.is_initialized() and jax.process_index() != 0
+    return Console(stderr=stderr, emoji=False, quiet=quiet)
 
 
 def refuse_handbook(config: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -21,6 +22,7 @@ from drift_jax.cli.options import (
     resolve,
 )
 from drift_jax.config import load_config
+from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
 
 
@@ -69,13 +71,15 @@ def sample(
 
     refuse_handbook(config)
     resolved = load_config(config, changes_of(overrides, on_bad_row))
-    console, model_dir, manifest = build_console(), resolve(model, resolved), Manifest(out)
-    load_dsat_split(resolved, str(input))  # bad rows are refused before anything is written
-    keys, inputs = sample_identity(resolved, manifest, model_dir, input)
-    if not manifest.enter("sample", keys, inputs):
+    console, manifest = build_console(), Manifest(out)
+    model_dir = on_each(lambda: resolve(model, resolved))
+    on_main(lambda: load_dsat_split(resolved, str(input)) and None)  # bad rows are refused before anything is written
+    keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
+    if not on_main(lambda: manifest.enter("sample", keys, inputs)):
         summary = sample_stage(resolved, model_dir, str(input), out, console)
-        manifest.finish("sample", summary | pair_stage(resolved, inputs["policy"], str(input), out))
-    console.print_json(data=manifest.summary("sample"))
+        summary |= on_main(lambda: pair_stage(resolved, inputs["policy"], str(input), out))
+        on_main(lambda: manifest.finish("sample", summary))
+    console.print_json(data=on_main(lambda: manifest.summary("sample")))
 
 
 def train(
@@ -113,24 +117,27 @@ def train(
         print_translation(translation.without_pairs(str(pairs)) if pairs else translation, console)
         resolved = translation.build(changes)
         model, out = model or resolved.model.path, out or Path(resolved.run_dir)
-        pairs = pairs or load_mixture(translation.mixture, out / "data", resolved.data.on_bad_row)
+        mixed, own = out / "data", translation.mixture
+        pairs = pairs or Path(on_main(lambda: str(load_mixture(own, mixed, resolved.data.on_bad_row))))
     elif model is None or pairs is None or out is None:
         given = {"--model": model, "--pairs": pairs, "--out": out}
         missing = ", ".join(option for option, value in given.items() if value is None)
         raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
     else:
         resolved = load_config(config, changes)
-    model_dir, manifest = resolve(model, resolved), Manifest(out)
-    reference_dir = resolve(reference, resolved) if reference else model_dir
+    model_dir, manifest = on_each(lambda: resolve(model, resolved)), Manifest(out)
+    reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if test_pairs.exists() else None
     for path in filter(None, (train_pairs, test)):
-        read_pairs(path, resolved.data.on_bad_row)  # bad rows are refused before anything is written
+        check = partial(read_pairs, path, resolved.data.on_bad_row)
+        on_main(lambda check=check: check() and None)  # bad rows are refused before anything is written
     job = TrainJob(model_dir, reference_dir, train_pairs, test, out, resolved.train.epochs)
-    if not manifest.enter("train", *export_identity(resolved, manifest, job)):
+    if not on_main(lambda: manifest.enter("train", *export_identity(resolved, manifest, job))):
         summary = train_stage(resolved, job, console)
-        manifest.finish("train", summary | export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console))
-    console.print_json(data=manifest.summary("train"))
+        summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
+        on_main(lambda: manifest.finish("train", summary))
+    console.print_json(data=on_main(lambda: manifest.summary("train")))
 
 
 def export(

@@ -33,8 +33,8 @@ def translate(
 ) -> None:
     """Writes the config that an alignment-handbook file means; the table of keys goes to standard error."""
     from drift_jax.config import config_to_yaml
+    from drift_jax.files import atomic_writer
     from drift_jax.handbook import translate_handbook
-    from drift_jax.records import atomic_writer
 
     changes = changes_of(overrides, None)
     translation = translate_handbook(file, devices or devices_with_pairs({}, changes))

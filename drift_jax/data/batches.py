@@ -30,7 +30,7 @@ from drift_jax.data.packing import (
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import GroupCut
 from drift_jax.models.intervals import KeySpans
-from drift_jax.sharding import Dims, Layout, build_sharding
+from drift_jax.sharding import Dims, Layout, build_sharding, put
 
 
 class PairBatch(NamedTuple):
@@ -74,7 +74,7 @@ def batch_split(layout: Layout) -> Split:
 
 def put_batch(batch: PairBatch, layout: Layout) -> PairBatch:
     """Host arrays -> device arrays."""
-    return jax.device_put(batch, batch_shardings(batch, layout))
+    return jax.tree.map(put, batch, batch_shardings(batch, layout))
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:

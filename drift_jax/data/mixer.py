@@ -30,8 +30,9 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from drift_jax.errors import BadRowsError, DataError
+from drift_jax.files import atomic_writer, write_json, write_jsonl
 from drift_jax.handbook import DatasetMixture, DatasetPart
-from drift_jax.records import OnBadRow, Pair, Row, atomic_writer, pair_to_row, read_pairs, write_json, write_jsonl
+from drift_jax.records import OnBadRow, Pair, Row, pair_to_row, read_pairs
 
 
 class _Place(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -21,7 +22,7 @@ import numpy as np
 
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import DataError
-from drift_jax.records import atomic_writer
+from drift_jax.files import atomic_writer
 
 FORMAT = 1  # part of every key; raise it when this layout changes, or the ids that the code makes of a pair
 KEPT = 2  # newest files of a kind that stay: a stage's train and held-out pairs may have the same file name
@@ -52,9 +53,13 @@ def read_tokens(path: Path, key: str) -> TokenizedRows | None:
             arrays = {name: file[name] for name in file.files}
         if arrays.pop("digest").tobytes() != _digest(key, arrays):
             raise ValueError("its digest does not fit its content")
-        text = json.loads(arrays["text"].tobytes())
+        return _rows_of(arrays)
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise errors of a dozen kinds
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _rows_of(arrays: Mapping[str, np.ndarray]) -> TokenizedRows:
+    text = json.loads(arrays["text"].tobytes())
     tokens, ends, cuts = arrays["tokens"], arrays["ends"], arrays["cuts"]
     parts = [tokens[start:end] for start, end in itertools.pairwise([0, *ends.ravel().tolist()])]
     rows = zip(text["ids"], parts[0::3], parts[1::3], parts[2::3], cuts.tolist(), strict=True)
@@ -68,21 +73,37 @@ def write_tokens(path: Path, key: str, rows: TokenizedRows) -> None:
     Raises:
       StageError: the disk is full, or the directory cannot be written.
     """
+    arrays = _arrays_of(rows)
+    digest = np.frombuffer(_digest(key, arrays), np.uint8)
+    with contextlib.suppress(OSError):  # the writer says what is wrong
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(path, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays, digest=digest)
+    _remove_older(path)
+
+
+def _arrays_of(rows: TokenizedRows) -> dict[str, np.ndarray]:
     parts = [part for pair in rows.pairs for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
     cuts = [(pair.prompt_tokens_cut, pair.chosen_tokens_cut, pair.rejected_tokens_cut) for pair in rows.pairs]
     text = json.dumps({"ids": [pair.id for pair in rows.pairs], "refused": rows.refused})
-    arrays = {
+    return {
         "tokens": np.concatenate([np.empty(0, np.int32), *parts], dtype="<i4"),
         "ends": np.cumsum([len(part) for part in parts], dtype="<i8").reshape(-1, 3),
         "cuts": np.array(cuts, "<i8").reshape(-1, 3),
         "text": np.frombuffer(text.encode("ascii"), np.uint8),
     }
-    digest = np.frombuffer(_digest(key, arrays), np.uint8)
-    with contextlib.suppress(OSError):  # the writer says what is wrong
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(path, "wb") as file:
-        np.savez(file, **arrays, digest=digest)
-    _remove_older(path)
+
+
+def rows_to_bytes(rows: TokenizedRows) -> bytes:
+    """For other processes of a run; `rows_from_bytes` reads them."""
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **_arrays_of(rows))
+    return file.getvalue()
+
+
+def rows_from_bytes(data: bytes) -> TokenizedRows:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        return _rows_of(file)
 
 
 def _digest(key: str, arrays: Mapping[str, np.ndarray]) -> bytes:

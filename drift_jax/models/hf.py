@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 
+from drift_jax.distributed import on_each
 from drift_jax.errors import ModelError
 from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
 from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
 from drift_jax.models.rows import PIECE_BYTES, Assembly, count_rows, cut_rows
 from drift_jax.models.safetensors_file import DTYPES
-from drift_jax.models.together import on_each
 from drift_jax.sharding import Layout
 
 # What a model directory holds besides weights and config.json.

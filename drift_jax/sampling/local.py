@@ -19,7 +19,7 @@ from drift_jax.models.policy import Policy, bind
 from drift_jax.models.qwen import KVCache
 from drift_jax.sampling.base import Completion, OnBatch, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.draw import draw_tokens, row_keys, row_words
-from drift_jax.sharding import build_sharding, check_sampling_batch, use_layout
+from drift_jax.sharding import build_sharding, check_sampling_batch, put, replicated, use_layout
 
 _SHORTEST_BUCKET = 64
 
@@ -94,7 +94,9 @@ class LocalSampler(Sampler):
         self.ways = policy.layout.ways("batch")
         self.policy = policy
         self.batch_size = batch_size
-        self._generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1)
+        # Every process of the mesh reads all tokens.
+        everywhere = replicated(policy.layout)
+        self.jitted_generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1, out_shardings=everywhere)
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, on_batch: OnBatch | None = None
@@ -136,12 +138,12 @@ class LocalSampler(Sampler):
         with use_layout(layout):
             by_row = build_sharding(layout, ("batch", None), ids.shape, "prompts")
             one = build_sharding(layout, ("batch",), lengths.shape, "prompts")
-            tokens = self._generate(
+            tokens = self.jitted_generate(
                 self.policy.params,
                 params,
-                jax.device_put(ids, by_row),
-                jax.device_put(lengths, one),
-                row_keys(params.seed, jax.device_put(words, by_row)),
+                put(ids, by_row),
+                put(lengths, one),
+                row_keys(params.seed, put(words, by_row)),
             )
         return [_completion(r, row, params) for r, row in zip(requests, np.asarray(tokens), strict=False)]
 

@@ -16,7 +16,9 @@ from drift_jax.config import RunConfig
 from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import build_rules
+from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
+from drift_jax.files import write_json
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.attention import resolve_attention
@@ -24,10 +26,9 @@ from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
 from drift_jax.progress import StageProgress, stage_progress
-from drift_jax.records import write_json
 from drift_jax.sharding import Layout, build_layout, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
-from drift_jax.stages.reference import RefLogps, read_ref_logps, write_ref_logps
+from drift_jax.stages.reference import RefLogps, share_ref_logps, write_ref_logps
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
 from drift_jax.train import Metrics, PairScores, Trainer, TrainState, evaluate_scores, host_metrics
@@ -74,14 +75,15 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         with StageTimer() as timer:
             state = run.fit(state, checkpointer, timer)
         final = run.evaluate(state)
-    write_json(job.out_dir / "eval.json", {"step": steps, "pairs": len(test.pairs), **final})
+    on_main(lambda: write_json(job.out_dir / "eval.json", {"step": steps, "pairs": len(test.pairs), **final}))
+    losses = on_main(lambda: [row["loss"] for row in read_metrics(job.out_dir) if "loss" in row])
     return {
         "pairs": len(train.pairs),
         "held_out": len(test.pairs),
         "drops": sum_drops([train, test]),
         "truncation": dataclasses.asdict(train.cuts),
         "steps": steps,
-        "loss": float(np.mean([row["loss"] for row in read_metrics(job.out_dir) if "loss" in row])),
+        "loss": float(np.mean(losses)),
         "tokens_per_second": timer.tokens_per_second,
         "warnings": run.warnings,
         **final,
@@ -124,11 +126,12 @@ class _Stage:
         """The state to go on from: the newest checkpoint, or the starting policy. Sets `ref`."""
         job, every = self.job, self.train + self.test
         path = job.out_dir / "ref_logps.npz"
-        ref, params = read_ref_logps(path, every), None
+        ref, params = share_ref_logps(path, every), None
         if ref is None:
             params = self._open(job.reference_dir)
             ref = self._reference(params)
-            write_ref_logps(path, every, ref)
+            found = ref
+            on_main(lambda: write_ref_logps(path, every, found))
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
         self.ref = ref
@@ -151,7 +154,8 @@ class _Stage:
             ) as writer,
             stage_progress("DPO", self.steps - first, "updates", console=self.console) as bar,
         ):
-            watch = RewardWatch(config.train, self.steps, read_metrics(self.job.out_dir) if first else ())
+            earlier = on_main(lambda: read_metrics(self.job.out_dir)) if first else ()
+            watch = RewardWatch(config.train, self.steps, earlier)
             self.warnings += watch.earlier
             report = _Report(self, writer, watch, bar, timer, loader.steps_per_epoch)
             late: _Update | None = None

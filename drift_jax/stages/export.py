@@ -8,6 +8,7 @@ from rich.console import Console
 
 from drift_jax.checkpoint import Checkpointer
 from drift_jax.config import RunConfig
+from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import StageError
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.hf_export import save_hf
@@ -20,8 +21,7 @@ def export_stage(config: RunConfig, checkpoints: Path, source_dir: Path, out_dir
     """The newest checkpoint as a Hugging Face directory; config and tokenizer files come from `source_dir`."""
     layout = build_layout(config.mesh)
     _, declared = declare_qwen(load_qwen_config(source_dir))
-    if not checkpoints.is_dir():
-        raise StageError(f"no checkpoints at {checkpoints}. Give the checkpoints directory of a training stage.")
+    on_each(lambda: _check_directory(checkpoints))
     with Checkpointer(checkpoints, config.checkpoint.keep) as checkpointer:
         step = checkpointer.latest_step()
         if step is None:
@@ -29,5 +29,13 @@ def export_stage(config: RunConfig, checkpoints: Path, source_dir: Path, out_dir
         params = checkpointer.restore(step, {"params": abstract_params(declared, layout)})["params"]
     console.print(f"writing {out_dir} ({config.export.dtype})", highlight=False, soft_wrap=True)
     save_hf(params, source_dir, out_dir, config.export.dtype, config.export.max_shard_gib)
-    size = sum(f.stat().st_size for f in out_dir.glob("*.safetensors"))
+    size = on_main(lambda: sum(f.stat().st_size for f in out_dir.glob("*.safetensors")))
     return {"step": step, "bytes": size, "path": str(out_dir)}
+
+
+def _check_directory(checkpoints: Path) -> None:
+    if not checkpoints.is_dir():
+        raise StageError(
+            f"no checkpoints at {checkpoints}. Give the checkpoints directory of a training stage, on storage that "
+            "every host sees."
+        )

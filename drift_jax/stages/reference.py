@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from drift_jax.data.pairs import TokenizedPair
+from drift_jax.distributed import send_bytes
 from drift_jax.errors import StageError
 
 
@@ -40,6 +41,17 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
         if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
             return None
         return RefLogps(stored["ref_logps"], stored["ref_last_logps"])
+
+
+def share_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
+    """`read_ref_logps` of process 0, on every process."""
+
+    def read() -> bytes | None:
+        ref = read_ref_logps(path, pairs)
+        return None if ref is None else np.stack(ref).tobytes()
+
+    stored = send_bytes(read)
+    return None if stored is None else RefLogps(*np.frombuffer(stored).reshape(2, len(pairs), 2))
 
 
 def _token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:

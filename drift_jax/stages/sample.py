@@ -2,64 +2,94 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.data.prompts import build_sampling_prompt
 from drift_jax.data.tokenizer import ChatTokenizer
+from drift_jax.distributed import gather, gather_bytes, on_each, on_main
 from drift_jax.errors import DataError
+from drift_jax.files import write_json, write_jsonl
 from drift_jax.progress import stage_progress
-from drift_jax.records import DsatRecord, Pair, pair_to_row, write_json, write_jsonl
+from drift_jax.records import DsatRecord, Pair, pair_to_row
 from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
-from drift_jax.sharding import build_layout, for_sampling
+from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.inputs import (
-    DsatSplit,
     Summary,
     load_dsat_split,
     open_policy,
     open_tokenizer,
     report_refused,
 )
-from drift_jax.stages.journal import Journal, read_rows
+from drift_jax.stages.journal import Journals, open_journals, read_rows
 from drift_jax.telemetry import StageTimer
 
 
 def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Path, console: Console) -> Summary:
-    """Samples `sampling.n` completions for every DSAT record from the policy in `model_dir`."""
-    split = load_dsat_split(config, dsat_path)
+    """Samples `sampling.n` completions for every DSAT record from the policy in `model_dir`.
+
+    Of several hosts each makes prompts and completions of its share of the records, where the policy fits on one; the
+    results are merged in the order of the records, also what an interrupted run on other hosts has left.
+    """
+    split = on_each(lambda: load_dsat_split(config, dsat_path))
     tokenizer = open_tokenizer(model_dir)
-    requests, cut_tokens, refused = _build_requests(config, split, tokenizer)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    layout, per_host = sampling_layout(config, model_dir)
+    records = [record for _, record in split.rows()]
+    mine = records[jax.process_index() :: jax.process_count()] if per_host else records
+    requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
+    report_refused(_of_all(refused, per_host), config)
     params = SamplingParams.from_config(config.sampling, tokenizer.eos_ids, tokenizer.vocab_size)
-    with Journal(out_dir / "completions.partial.jsonl") as journal, StageTimer() as timer:
-        done = {(row["id"], row["sample"]): row for row in journal.rows}
-        missing = [r for r in requests if (r.row_id, r.sample) not in done]
+    with (
+        on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,
+        StageTimer() as timer,
+    ):
+        known = {tuple(key) for keys in gather(list(journals.rows)) for key in keys}
+        missing = [r for r in requests if (r.row_id, r.sample) not in known]
         dtype = config.sampling.compute_dtype
-        policy = open_policy(model_dir, for_sampling(build_layout(config.mesh)), dtype, dtype, console)
-        with stage_progress("sampling", len(missing), "rows", console=console) as bar:
+        policy = open_policy(model_dir, layout, dtype, dtype, console)
+        what = f"sampling, 1 of {jax.process_count()} hosts" if per_host else "sampling"
+        with stage_progress(what, len(missing), "rows", console=console) as bar:
 
             def keep(completions: list[Completion]) -> None:
                 rows = [_completion_row(c, tokenizer) for c in completions]
-                journal.append(rows)
-                done.update({(row["id"], row["sample"]): row for row in rows})
+                journals.append(rows)
                 timer.count_tokens(sum(len(c.token_ids) for c in completions))
                 bar.advance(len(rows), _shorten(rows[-1]["text"]))
 
             LocalSampler(policy, config.sampling.batch_size).sample(missing, params, keep)
-    write_jsonl(out_dir / "completions.jsonl", (done[(r.row_id, r.sample)] for r in requests))
-    journal.path.unlink()
+        count = _merge(journals, records, config.sampling.n, out_dir)
+    cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
-        "completions": len(requests),
-        "tokens_per_second": timer.tokens_per_second,
-        "prompts_cut": sum(cut > 0 for cut in cut_tokens),
-        "prompt_tokens_cut": sum(cut_tokens),
-        "drops": {"bad row": split.skipped, "not encodable": len(refused)},
+        "completions": count,
+        "tokens_per_second": sum(rates),
+        "prompts_cut": sum(cut > 0 for cut in cuts),
+        "prompt_tokens_cut": sum(cuts),
+        "drops": {"bad row": split.skipped, "not encodable": len(_of_all(refused, per_host))},
     }
+
+
+def _of_all(mine: list[Any], per_host: bool) -> list[Any]:
+    """What the hosts found, one after the other, where each has a share; else all have found the same."""
+    return [item for items in gather(mine) for item in items] if per_host else mine
+
+
+def _merge(journals: Journals, records: Sequence[DsatRecord], samples: int, out_dir: Path) -> int:
+    """Writes what all hosts have sampled, in the order of the records; the journals can go then."""
+    shares = gather_bytes(json.dumps(list(journals.rows.values())).encode())
+    done = {(row["id"], row["sample"]): row for share in shares for row in json.loads(share)}
+    keys = [(record.id, sample) for record in records for sample in range(samples)]
+    rows = [done[key] for key in keys if key in done]
+    on_main(lambda: write_jsonl(out_dir / "completions.jsonl", rows))
+    journals.remove()
+    return len(rows)
 
 
 def _completion_row(completion: Completion, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -73,10 +103,11 @@ def _completion_row(completion: Completion, tokenizer: ChatTokenizer) -> dict[st
 
 
 def _build_requests(
-    config: RunConfig, split: DsatSplit, tokenizer: ChatTokenizer
+    config: RunConfig, records: Sequence[DsatRecord], tokenizer: ChatTokenizer
 ) -> tuple[list[SampleRequest], list[int], list[str]]:
+    """(requests, tokens cut from each prompt, why no prompt could be made of the other records)."""
     requests, cut_tokens, refused = [], [], []
-    for _, record in split.rows():
+    for record in records:
         try:
             prompt = build_sampling_prompt(record, config.sampling.style, tokenizer, config.sampling.max_input_length)
         except DataError as error:
@@ -85,7 +116,6 @@ def _build_requests(
         ids = tuple(prompt.ids.tolist())
         requests += [SampleRequest(record.id, sample, ids) for sample in range(config.sampling.n)]
         cut_tokens.append(prompt.cut_tokens)
-    report_refused(refused, config)
     return requests, cut_tokens, refused
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from drift_jax.config import RunConfig
-from drift_jax.records import Message, write_json
+from drift_jax.distributed import on_main
+from drift_jax.files import write_json
+from drift_jax.records import Message
 from drift_jax.sampling.base import SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
 from drift_jax.sharding import build_layout, for_sampling
@@ -21,7 +23,7 @@ def showcase_stage(config: RunConfig, before: Path, after: Path, out_path: Path,
     prompts = config.recipe.showcase_prompts
     replies = [_answer(config, model_dir, prompts, console) for model_dir in (before, after)]
     rows = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, *replies, strict=True)]
-    write_json(out_path, rows)
+    on_main(lambda: write_json(out_path, rows))
     return {}
 
 

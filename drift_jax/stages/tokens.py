@@ -15,13 +15,22 @@ from rich.console import Console
 from drift_jax.config import RunConfig
 from drift_jax.data.pairs import TokenizedPair, TruncationCounts, count_truncation, tokenize_pair
 from drift_jax.data.rules import build_rules
-from drift_jax.data.token_cache import FORMAT, TokenizedRows, cache_path, read_tokens, write_tokens
+from drift_jax.data.token_cache import (
+    FORMAT,
+    TokenizedRows,
+    cache_path,
+    read_tokens,
+    rows_from_bytes,
+    rows_to_bytes,
+    write_tokens,
+)
 from drift_jax.data.tokenizer import ChatTokenizer
+from drift_jax.distributed import gather, gather_bytes, on_each, on_main, send_bytes
 from drift_jax.errors import DataError
 from drift_jax.guards import emptied_warning
 from drift_jax.manifest import config_slice
 from drift_jax.progress import stage_progress
-from drift_jax.records import read_pairs
+from drift_jax.records import Pair, read_pair_share, settle_rows
 from drift_jax.stages.inputs import report_refused
 
 # What of the config shapes the tokens of a file of pairs.
@@ -106,34 +115,63 @@ def token_key(config: RunConfig, path: Path, tokenizer: ChatTokenizer) -> str:
 def _tokenize_once(
     config: RunConfig, path: Path, tokenizer: ChatTokenizer, cache_dir: Path, console: Console
 ) -> TokenizedRows:
-    key = token_key(config, path, tokenizer)
+    key = on_main(lambda: token_key(config, path, tokenizer))
     cached = cache_path(cache_dir, path.stem, key)
-    try:
-        rows = read_tokens(cached, key)
-    except DataError as error:
-        console.print(f"{error}; tokenising again", style="yellow", highlight=False, soft_wrap=True, markup=False)
-        rows = None
-    if rows is None:
-        rows = _tokenize(config, path, tokenizer, console)
-        if jax.process_index() == 0:  # processes of other hosts may share the directory
-            write_tokens(cached, key, rows)
+
+    def read() -> bytes | None:
+        try:
+            rows = read_tokens(cached, key)
+        except DataError as error:
+            console.print(f"{error}; tokenising again", style="yellow", highlight=False, soft_wrap=True, markup=False)
+            return None
+        return None if rows is None else rows_to_bytes(rows)
+
+    if (known := send_bytes(read)) is not None:
+        return rows_from_bytes(known)
+    rows = _tokenize(config, path, tokenizer, console)
+    on_main(lambda: write_tokens(cached, key, rows))
     return rows
 
 
 def _tokenize(config: RunConfig, path: Path, tokenizer: ChatTokenizer, console: Console) -> TokenizedRows:
+    """Every process reads and tokenises its share of the rows; all of them then have all."""
+    share = on_each(lambda: read_pair_share(path, jax.process_index(), jax.process_count()))
+    mine, refused = _tokenize_share(config, path, [pair for _, pair in share.records], tokenizer, console)
+    lines = [line for line, _ in share.records]
+    answers = gather({"lines": lines, "bad": share.bad, "refused": refused, "ids": [p.id for _, p in share.records]})
+    ids = [pair for answer in answers for pair in zip(answer["lines"], answer["ids"], strict=True)]
+    bad = [(line, why) for answer in answers for line, why in answer["bad"]]
+    kept, _ = settle_rows(path, config.data.on_bad_row, ids, bad, share.total)
+    tokens = [rows_from_bytes(data).pairs for data in gather_bytes(rows_to_bytes(TokenizedRows(mine, ())))]
+    by_line, refusals = {}, []
+    for answer, pairs in zip(answers, tokens, strict=True):
+        why = dict(answer["refused"])
+        encoded = iter(pairs)
+        for at, line in enumerate(answer["lines"]):
+            if at in why:
+                refusals += [(line, why[at])] if line in kept else []
+            else:
+                by_line[line] = next(encoded)
+    messages = [message for _, message in sorted(refusals)]
+    report_refused(messages, config)
+    return TokenizedRows([by_line[line] for line in sorted(kept & by_line.keys())], tuple(messages))
+
+
+def _tokenize_share(
+    config: RunConfig, path: Path, records: Sequence[Pair], tokenizer: ChatTokenizer, console: Console
+) -> tuple[list[TokenizedPair], list[tuple[int, str]]]:
+    """Ids of pairs, and (position, reason) of those of which none could be made."""
     data, rules = config.data, build_rules(config.data)
-    records = read_pairs(path, data.on_bad_row).records
     tokenized, refused = [], []
     shown = console if len(records) >= _WORTH_A_BAR else Console(quiet=True)
     with stage_progress(f"tokenising {path.name}", len(records), "pairs", console=shown) as bar:
-        for pair in records:
+        for at, pair in enumerate(records):
             try:
                 tokenized.append(tokenize_pair(pair, tokenizer, data.max_prompt_length, data.max_length, rules))
             except DataError as error:
-                refused.append(str(error))
+                refused.append((at, str(error)))
             bar.advance()
-    report_refused(refused, config)
-    return TokenizedRows(tokenized, tuple(refused))
+    return tokenized, refused
 
 
 def describe_rules(config: RunConfig) -> str:

@@ -22,11 +22,11 @@ from drift_jax.config import MeshConfig
 from drift_jax.models import rows
 from drift_jax.models.hf import WeightFiles, load_params, load_qwen_config
 from drift_jax.models.hf_export import save_hf
+from drift_jax.models.published import ARCHITECTURES
 from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.models.rows import Assembly
 from drift_jax.models.safetensors_file import SafetensorsWriter
 from drift_jax.sharding import build_layout, build_sharding
-from scripts.architectures import ARCHITECTURES
 from scripts.make_random_model import make_random_model
 from tests.hf_tensors import read_hf_tensors
 from tests.tiny_models import build_tiny_model
@@ -217,7 +217,7 @@ def test_two_processes_read_their_shares_and_write_one_directory(model_dir: Path
 )
 def test_what_fails_on_one_process_is_raised_on_both(model_dir: Path, tmp_path: Path, mode: str, words: str) -> None:
     first, second = run_two_processes(mode, model_dir, tmp_path / "out")
-    assert "process 1 of 2 stopped" in first["error"]
+    assert first["kind"] == "PeerError" and first["error"].startswith("process 1: ")
     assert words in first["error"] and words in second["error"]
     assert max(first["seconds"], second["seconds"]) < 30
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,79 @@
+"""Files that are there whole or not at all: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from drift_jax.errors import StageError
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """A file that appears under `path` complete or not at all; text mode is UTF-8 with LF line ends.
+
+    The temporary file lies in the same directory and is removed when the block raises.
+
+    Raises:
+      StageError: the operating system refuses (full disk, missing directory, ...); names path and reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise StageError(
+            f"cannot write {path}: {error.strerror or error}. Nothing was left half-written; "
+            "free space or mend the path, then run again."
+        ) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically. Raises `StageError` as `atomic_writer` does."""
+    with atomic_writer(path) as file:
+        for row in rows:
+            file.write(_to_json(path, row) + "\n")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes one JSON value, indented, atomically. Raises `StageError` as `atomic_writer` does."""
+    with atomic_writer(path) as file:
+        file.write(_to_json(path, value, indent=2) + "\n")
+
+
+def _to_json(path: str | Path, value: Any, indent: int | None = None) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+        text.encode("utf-8")
+    except ValueError as error:  # NaN, infinity, a lone surrogate: other readers would refuse the file
+        raise StageError(f"cannot write {path}: JSON cannot hold this value: {error}") from error
+    return text
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync_directory(path: Path) -> None:
+    # Makes the rename itself survive a power cut; some file systems do not offer it, which is no error.
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,60 @@
+"""Which devices a stage samples on, where a run has several hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from drift_jax.config import RunConfig
+from drift_jax.distributed import gather
+from drift_jax.models.architecture import QwenConfig
+from drift_jax.models.hf import load_qwen_config
+from drift_jax.sharding import Layout, build_layout, check_sampling_batch, for_sampling
+
+# Of a device's memory the weights may take so much; the rest is for keys, values and logits.
+_MOST_WEIGHTS = 0.6
+
+
+def sampling_layout(config: RunConfig, model_dir: Path) -> tuple[Layout, bool]:
+    """(the layout to sample with, whether every host samples a share of its own).
+
+    A host that has the whole policy on its own devices waits for no other. A policy that does not fit there is
+    sampled from by all devices together, every host with the same rows.
+
+    Raises:
+      ConfigError: `sampling.batch_size` cannot be split over the devices.
+    """
+    per_host = jax.process_count() > 1 and config.sampling.per_host is not False
+    if per_host and config.sampling.per_host is None:
+        per_host = all(gather(_fits_here(config, model_dir)))
+    if per_host:
+        layout = layout_of_host(config, jax.local_devices())
+    else:
+        layout = for_sampling(build_layout(config.mesh))
+    check_sampling_batch(layout, config.sampling.batch_size)
+    return layout, per_host
+
+
+def layout_of_host(config: RunConfig, local: Sequence[jax.Device]) -> Layout:
+    """How a host that samples a share of its own splits policy and rows over its devices."""
+    tensor = config.mesh.tensor if len(local) % config.mesh.tensor == 0 else 1
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor, sequence=1, strategy="auto")
+    return for_sampling(build_layout(mesh, local))
+
+
+def fits_one_host(config: RunConfig, model: QwenConfig, limits: Sequence[float | None]) -> bool:
+    """Whether the policy fits on a host's devices of so many bytes each.
+
+    Where a device does not say how much memory it has, it is the host's, and a policy is taken to fit.
+    """
+    weights = model.num_parameters * np.dtype(config.sampling.compute_dtype).itemsize
+    return all(limit is None or weights / len(limits) < _MOST_WEIGHTS * limit for limit in limits)
+
+
+def _fits_here(config: RunConfig, model_dir: Path) -> bool:
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return fits_one_host(config, load_qwen_config(model_dir), limits)

@@ -1,0 +1,121 @@
+"""Several processes on this machine as one run: the same numbers as one process, files once, no hang when one dies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drift_jax.telemetry import read_metrics
+from tests.conftest import REPO
+from tests.processes import finish, free_port, start_one
+
+DEBUG = REPO / "configs" / "debug.yaml"
+STAGES = ("seed", "iter_1", "iter_2")
+# At the first update policy and reference are equal up to the last bit, and so is whose reward is higher.
+SAME = 1e-5
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """configs/debug.yaml with its model and data by absolute path."""
+    folder = tmp_path_factory.mktemp("processes")
+    subprocess.run([sys.executable, REPO / "scripts" / "make_tiny_model.py"], check=True, cwd=REPO, capture_output=True)
+    values = yaml.safe_load(DEBUG.read_text())
+    values["model"]["path"] = str(REPO / values["model"]["path"])
+    for key in ("dsat", "seed_train", "seed_test"):
+        values["data"][key] = str(REPO / values["data"][key])
+    path = folder / "debug.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(config: Path, run_dir: Path, count: int, devices: int, *words: str) -> list[subprocess.Popen[str]]:
+    """`drift run` as `count` processes that have `devices` fake devices each."""
+    port = free_port()
+    command = ["drift_jax", "run", config, "--run-dir", run_dir, *words]
+    several = [
+        ["--coordinator", f"127.0.0.1:{port}", "--num-processes", count, "--process-id", i] for i in range(count)
+    ]
+    return [start_one(command + own * (count > 1), devices) for own in several]
+
+
+def run(config: Path, run_dir: Path, count: int, devices: int, *words: str) -> list[str]:
+    ends = finish(start(config, run_dir, count, devices, *words), 600)
+    assert [code for code, _ in ends] == [0] * count, "\n".join(output[-3000:] for _, output in ends)
+    return [output for _, output in ends]
+
+
+def assert_same_metrics(ours: Path, expected: Path) -> None:
+    for stage in STAGES:
+        rows, wanted = read_metrics(ours / stage), read_metrics(expected / stage)
+        assert [row["step"] for row in rows] == [row["step"] for row in wanted] and rows
+        for row, want in zip(rows, wanted, strict=True):
+            names = want.keys() - {"tokens_per_second"}
+            names -= {"rewards/accuracies"} if abs(want["rewards/margins"]) < SAME else set()
+            assert {n: row[n] for n in names} == pytest.approx({n: want[n] for n in names}, rel=SAME, abs=SAME), stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count: int) -> None:
+    run(config, tmp_path / "one", 1, 2 * count)
+    outputs = run(config, tmp_path / "several", count, 2)
+    assert_same_metrics(tmp_path / "several", tmp_path / "one")
+    assert "policy:" in outputs[0] and not any(output.strip() for output in outputs[1:])
+
+    def files(folder: Path) -> set[str]:
+        caches = (".cache", "checkpoints")
+        every = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return {str(path) for path in every if not set(path.parts) & set(caches)}
+
+    assert {f for f in files(tmp_path / "several") if "/tokens/" not in f} == {
+        f for f in files(tmp_path / "one") if "/tokens/" not in f
+    }
+    for name in ("iter_1/completions.jsonl", "iter_2/completions.jsonl", "iter_2/drops.json"):
+        assert (tmp_path / "several" / name).read_text() == (tmp_path / "one" / name).read_text()
+    events = [json.loads(line) for line in (tmp_path / "several" / "log.jsonl").read_text().splitlines()]
+    assert len(events) == len({(event["stage"], event["event"]) for event in events})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_within_a_minute(config: Path, tmp_path: Path, victim: int) -> None:
+    words = ("--set", "recipe.seed_epochs=1000", "--set", "checkpoint.every_steps=end")
+    processes = start(config, tmp_path / "run", 2, 2, *words)
+    metrics, deadline = tmp_path / "run" / "seed" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline and processes[0].poll() is None, "training did not begin"
+        time.sleep(0.5)
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    code, output = finish([processes[1 - victim]], 60)[0]
+    assert time.monotonic() - killed < 60
+    assert code not in (0, 2)
+    assert "has lost another one of this run" in output or "another task died" in output, output[-3000:]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once_and_by_all(config: Path, tmp_path: Path) -> None:
+    ends = finish(start(config, tmp_path / "run", 2, 2, "--set", "data.dsat=/nowhere.jsonl"), 120)
+    assert [code for code, _ in ends] == [2, 2]
+    assert "/nowhere.jsonl does not exist" in ends[0][1] and not ends[1][1].strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--coordinator", "127.0.0.1:1"), "--num-processes, --process-id must be given too"),
+        (("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"), "must be from 0 to 1"),
+        (("--distributed", "on"), "did not find each other"),
+    ],
+)
+def test_processes_that_cannot_start(words: tuple[str, ...], message: str, config: Path, tmp_path: Path) -> None:
+    ((code, output),) = finish(start(config, tmp_path / "run", 1, 2, *words), 60)
+    assert code == 2 and message in " ".join(output.split()), output
