@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 
+from drift_jax.distributed import on_each
 from drift_jax.errors import ModelError
 from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
 from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
-from drift_jax.models.rows import PIECE_BYTES, count_rows, cut_rows, write_rows
+from drift_jax.models.rows import PIECE_BYTES, Assembly, count_rows, cut_rows
 from drift_jax.models.safetensors_file import DTYPES
-from drift_jax.models.together import on_each
 from drift_jax.sharding import Layout
 
 # What a model directory holds besides weights and config.json.
@@ -199,12 +198,10 @@ def _load_array(files: WeightFiles, leaf: Declared, sharding: NamedSharding, dty
     first, *more = pieces = cut_rows(leaf.shape, sharding, dtype.itemsize)
     if not more:  # small: no program needs to be compiled
         return _load_rows(files, leaf, sharding, dtype, *first)
-    array = jnp.zeros(leaf.shape, dtype, device=sharding)
+    assembly = Assembly(leaf.shape, dtype, sharding)
     for start, stop in pieces:
-        rows = _load_rows(files, leaf, sharding, dtype, start, stop)
-        # Without waiting, pieces would pile up.
-        array = jax.block_until_ready(write_rows(array, rows, np.int32(start), sharding))
-    return array
+        assembly.write(_load_rows(files, leaf, sharding, dtype, start, stop), start)
+    return assembly.finish()
 
 
 def _load_rows(

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import DriftError, StageError
 from drift_jax.models.architecture import load_hf_config
 from drift_jax.models.hf import COMPANION_FILES, load_qwen_config
@@ -26,7 +27,6 @@ from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared
 from drift_jax.models.rows import count_rows, cut_rows, read_rows
 from drift_jax.models.safetensors_file import SafetensorsWriter
-from drift_jax.models.together import on_each, on_main
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, in the order in which they lie in a file
 
