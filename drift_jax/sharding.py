@@ -16,6 +16,7 @@ from itertools import combinations
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.config import MeshConfig
@@ -127,9 +128,32 @@ def build_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None
                 f"mesh.strategy {strategy} splits nothing over mesh axis {axis!r}, which has {size} devices: all of "
                 f"them would do the same work. Set mesh.{axis} to 1, or mesh.strategy to auto."
             )
-    shape = tuple(sizes[axis] for axis in AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    mesh = Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Layout(mesh, rules, strategy)
+
+
+def _arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours on the machine along its inner axes.
+
+    Between slices of TPUs there is a slow network only: the pairs are split over them.
+
+    Raises:
+      ConfigError: neither `data` nor `fsdp` divides into the slices.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        # An axis may go over a part of a side of the slice, such as 8 x 2 on 4 x 4 chips.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
+    if across is None:
+        raise ConfigError(
+            f"mesh {dict(sizes)}: the devices are {slices} slices, over which only pairs can be split. "
+            f"Make mesh.data or mesh.fsdp a multiple of {slices}."
+        )
+    inside = tuple(size // slices if axis == across else size for axis, size in zip(AXES, shape, strict=True))
+    outside = tuple(slices if axis == across else 1 for axis in AXES)
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
 
 
 def _fill_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

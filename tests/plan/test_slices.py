@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from drift_jax.errors import ConfigError
 from drift_jax.plan import gpus, slices
-from tests.plan.tiny_plan import raw_config, write_model
+from tests.plan.tiny_plan import needs_tpu_compiler, raw_config, run_with_tpu_compiler, write_model
 
 
 @pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "4x4", "v5e:4x", "v4:2x2x1", "h100", "h100:", "h900:8"])
@@ -77,3 +77,35 @@ def test_too_many_devices_are_refused() -> None:
     assert len(jax.devices()) == 8  # JAX has started, so that its number of fake devices stays
     with pytest.raises(ConfigError, match=r"--devices 9: 8 cpu devices are here"):
         slices.open_local(9)
+
+
+ARRANGED = """
+import json, sys
+from drift_jax.plan.slices import open_slice
+where = open_slice("v6e:4x4")
+from jax.experimental import topologies
+from drift_jax.config import MeshConfig
+from drift_jax.errors import ConfigError
+from drift_jax.sharding import build_layout
+two = topologies.get_topology_desc(platform="tpu", topology_name="v6e:4x4", num_slices=2).devices
+pairs = build_layout(MeshConfig(fsdp=8, tensor=2), where.devices).mesh.devices.reshape(8, 2)
+steps = [sum(abs(x - y) for x, y in zip(a.coords, b.coords)) for a, b in pairs]
+halves = build_layout(MeshConfig(tensor=2), two).mesh.devices.reshape(2, -1)
+try:
+    refused = build_layout(MeshConfig(fsdp=1, tensor=32), two)
+except ConfigError as error:
+    refused = str(error)
+print(json.dumps([steps, [sorted({d.slice_index for d in half}) for half in halves], refused]))
+"""
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+def test_meshes_lie_on_slices(tmp_path: Path) -> None:
+    """8 x 2 on 4 x 4 chips: tensor over neighbours. Two slices: pairs over the network between them, nothing else."""
+    script = tmp_path / "arranged.py"
+    script.write_text(ARRANGED)
+    steps, halves, refused = json.loads(run_with_tpu_compiler([script], 120).splitlines()[-1])
+    assert set(steps) == {1}
+    assert halves == [[0], [1]]
+    assert "2 slices, over which only pairs can be split. Make mesh.data or mesh.fsdp a multiple of 2" in refused

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from filelock import FileLock
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +18,14 @@ from drift_jax.plan.collectives import find_collectives
 from drift_jax.plan.hlo import Program, read_program
 from drift_jax.plan.programs import build_programs
 from tests.plan.step_checks import Sizes, find_faults
-from tests.plan.tiny_plan import ARCHITECTURE, eight_devices, tiny_config
+from tests.plan.tiny_plan import (
+    ARCHITECTURE,
+    REPO,
+    eight_devices,
+    needs_tpu_compiler,
+    run_with_tpu_compiler,
+    tiny_config,
+)
 
 REPO = Path(__file__).parents[2]
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
@@ -112,29 +113,14 @@ def test_parameters_gathered_ahead_of_the_loop_are_caught(ahead: bool) -> None:
 
 # --- the TPU compiler ----------------------------------------------------------------------------------------
 
-TPU_COMPILER = Path(sys.prefix) / "tpu_compiler"  # where `make test` puts it
-
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None and not TPU_COMPILER.is_dir(),
-    reason="libtpu, the TPU compiler, is not installed: make test does it, or pip install 'drift-jax[plan]'",
-)
-
 
 @needs_tpu_compiler
 @pytest.mark.slow
 def test_7b_step_for_sixteen_tpu_chips(tmp_path: Path) -> None:
     """The published 7B recipe in two micro-batches: its memory, and what its chips send."""
-    text, command = tmp_path / "step.txt", [sys.executable, str(REPO / "scripts" / "bench_memory.py")]
-    command += ["--model", "qwen2.5-7b", "--topology", "v5e:4x4", "--set", "train.accumulation_steps=2"]
-    # Apart from the settings of this process; the TPU compiler is for one process at a time.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
-    environment["PYTHONPATH"] = str(TPU_COMPILER)
-    with FileLock(Path(tempfile.gettempdir()) / "drift_jax_libtpu.lock"):
-        done = subprocess.run(
-            [*command, "--hlo", str(text)], capture_output=True, text=True, env=environment, timeout=600
-        )
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
+    text, words = tmp_path / "step.txt", ["--set", "train.accumulation_steps=2", "--hlo", tmp_path / "step.txt"]
+    words = [REPO / "scripts" / "bench_memory.py", "--model", "qwen2.5-7b", "--topology", "v5e:4x4", *words]
+    row = json.loads(run_with_tpu_compiler(words, 600))
     assert row["fits"] and row["hbm_gib_per_chip"] == pytest.approx(8.75, abs=0.1)
     assert row["mesh"] == {axis: 16 if axis == "fsdp" else 1 for axis in row["mesh"]}
     assert sum(row["parts"].values()) == pytest.approx(row["hbm_gib_per_chip"], abs=0.01)

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+from filelock import FileLock
+
 from drift_jax.config import RunConfig, build_config
 from drift_jax.plan.slices import Slice, open_local
+
+REPO = Path(__file__).resolve().parents[2]
+
+TPU_COMPILER = Path(sys.prefix) / "tpu_compiler"  # where `make test` puts it
+
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and not TPU_COMPILER.is_dir(),
+    reason="libtpu, the TPU compiler, is not installed: make test does it, or pip install 'drift-jax[plan]'",
+)
+
+
+def run_with_tpu_compiler(words: list[Any], seconds: float) -> str:
+    """What `python WORDS` prints, apart from the settings of this process; one such process at a time."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    environment["PYTHONPATH"] = os.pathsep.join((str(TPU_COMPILER), str(REPO)))
+    with FileLock(Path(tempfile.gettempdir()) / "drift_jax_libtpu.lock"):
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
 
 ARCHITECTURE: dict[str, Any] = {
     "model_type": "qwen2",
