@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
+import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,6 +268,28 @@ def test_another_preset_holds_whole_in_every_shipped_config(path: Path, preset: 
 
 def test_configs_are_shipped() -> None:
     assert {"quickstart", "debug"} <= {path.stem for path in (REPO / "configs").glob("*.yaml")}
+
+
+CHIPS = {"v5e-16": 16, "v5p-8": 4, "v6e-16": 16, "8xh100": 8}
+OF_SLICES = sorted(path for path in (REPO / "configs").glob("qwen*.yaml") if any(name in path.stem for name in CHIPS))
+
+
+@pytest.mark.parametrize("path", OF_SLICES, ids=lambda path: path.stem)
+def test_a_slice_changes_where_a_recipe_runs_and_not_what_it_does(path: Path) -> None:
+    name = next(name for name in CHIPS if path.stem.endswith(name))
+    ours, base = (json.loads(json.dumps(dataclasses.asdict(load_config(file)))) for file in (path, base_of(path, name)))
+    assert math.prod(ours["mesh"][axis] for axis in AXES) == CHIPS[name]
+    for config in (ours, base):
+        config.pop("mesh")
+        for section, key in (("train", "accumulation_steps"), ("model", "remat")):
+            config[section].pop(key)
+        for key in ("gradient_dtype", "moment_dtype"):  # named in the table of the README where they are needed
+            assert config["train"].pop(key) in ("float32", "bfloat16")
+    assert ours == base
+
+
+def base_of(path: Path, name: str) -> Path:
+    return path.with_name(path.stem.removesuffix(f"-{name}") + ".yaml")
 
 
 # --- every key is read ------------------------------------------------------------------------------------
