@@ -78,7 +78,7 @@ else
 endif
 
 test: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@DRIFT_NEEDS_TPU_COMPILER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-all
 	@$(BIN)/ruff check .

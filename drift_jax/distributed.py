@@ -74,6 +74,7 @@ def start_processes(processes: Processes, environment: Mapping[str, str] = os.en
             local_device_ids=_all_gpus(environment),
             initialization_timeout=_START_S,
             heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_HEARTBEAT_S,
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -85,8 +86,9 @@ def start_processes(processes: Processes, environment: Mapping[str, str] = os.en
 
 def _has_peers(environment: Mapping[str, str]) -> bool:
     """Whether the environment says that this process is one of several, in a way that JAX can ask further."""
-    several = {"SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"}
-    if any(environment.get(name, "1") not in ("", "1") for name in several):
+    # In a script of sbatch or a shell of salloc, outside of srun, there is no step: that is one process.
+    slurm = environment.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environment else "1"
+    if not {slurm, environment.get("OMPI_COMM_WORLD_SIZE", "1")} <= {"", "1"}:
         return True
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return "," in hosts or bool(environment.get("JAX_COORDINATOR_ADDRESS"))
@@ -95,18 +97,20 @@ def _has_peers(environment: Mapping[str, str]) -> bool:
 def _all_gpus(environment: Mapping[str, str]) -> list[int] | None:
     """All GPUs of a node for its only task; JAX would take the one that is numbered like the task."""
     alone = environment.get("SLURM_NTASKS_PER_NODE", environment.get("OMPI_COMM_WORLD_LOCAL_SIZE")) == "1"
-    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible.split(",")) * bool(visible)
     return list(range(count)) if alone and count and not environment.get("JAX_LOCAL_DEVICE_IDS") else None
 
 
 # How XLA, gloo and the coordination service speak of a process that is gone.
-_LOST = ("heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "gloo", "Gloo", "onnection", "Barrier")
+_LOST = ("heartbeat", "unavailable", "deadline_exceeded", "aborted", "gloo", "connection", "barrier")
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether an error of JAX or of a library over it means that another process of the run is gone."""
+    """Whether an error of JAX, or of a library that waits with it, means that another process of the run is gone."""
     several = jax.distributed.is_initialized() and jax.process_count() > 1
-    return several and not isinstance(error, DriftError) and any(word in str(error) for word in _LOST)
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError)
+    return several and of_jax and any(word.lower() in str(error).lower() for word in _LOST)
 
 
 def is_main() -> bool:

@@ -33,7 +33,8 @@ from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.progress import StageSummary, summary_markdown, summary_table
 from drift_jax.records import read_pairs
-from drift_jax.sharding import build_layout, check_batch, check_sampling_batch, for_sampling
+from drift_jax.sharding import build_layout, check_batch
+from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.export import export_stage
 from drift_jax.stages.identity import export_identity, sample_identity, train_identity
@@ -57,6 +58,8 @@ def run(config: RunConfig, console: Console) -> Path:
         jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
     initial = on_each(lambda: resolve_model(config.model.path, config.model.revision))
     on_main(lambda: check_run(config, initial))
+    if config.recipe.iterations:
+        sampling_layout(config, initial)
     with run_lock(run_dir):
         recipe = Recipe(config, run_dir, console)
         policy = initial
@@ -89,8 +92,6 @@ def check_run(config: RunConfig, model_dir: Path) -> None:
     """
     layout = build_layout(config.mesh)
     check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
-    if config.recipe.iterations:
-        check_sampling_batch(for_sampling(layout), config.sampling.batch_size)
     param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
     check_trackers(config.tracking.trackers)
     open_tokenizer(model_dir)

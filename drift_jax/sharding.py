@@ -67,7 +67,8 @@ STRATEGIES: Mapping[str, Rules] = {
 ACTIVATIONS: Mapping[str, Dims] = {
     "hidden states": ("batch", "length", "hidden"),
     "queries": ("batch", "length", "heads", "head_dim"),
-    "keys and values": ("batch", None, "kv_heads", "head_dim"),
+    "keys and values": ("batch", "length", "kv_heads", "head_dim"),
+    "keys and values of rows": ("batch", None, "kv_heads", "head_dim"),
     "MLP": ("batch", "length", "mlp"),
     "embedded tokens": ("rows", None, "embed"),
     "embedded tokens, by row": ("batch", None, "embed_of_batch"),
@@ -186,6 +187,8 @@ def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
             for axis in axes
             if axis not in AXES
         ]
+        if dim == "head_dim" and axes:
+            problems.append("mesh.rules.head_dim: attention needs whole heads. Split heads and kv_heads instead.")
         if len(set(axes)) < len(axes):
             problems.append(f"mesh.rules.{dim}: a mesh axis can split a dim once, found {list(axes)}.")
     if problems:
@@ -193,9 +196,15 @@ def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
     rules = {**table, **{dim: tuple(axes) for dim, axes in changes.items()}}
     if "embed_of_batch" not in changes:
         rules["embed_of_batch"] = _embed_of_batch(rules)
+    check_activations(rules)
+    for_rows_of_their_own(rules)  # the sampler's are checked as well, before anything is trained
+    return rules
+
+
+def check_activations(rules: Rules) -> None:
+    """Raises `ConfigError` where two dims of an activation want the same axis."""
     for name, dims in ACTIVATIONS.items():
         to_spec(dims, rules, name)
-    return rules
 
 
 def _embed_of_batch(rules: Rules) -> tuple[str, ...]:
@@ -268,9 +277,15 @@ def for_sampling(layout: Layout) -> Layout:
 
     A decoded token is one place of its row: there is no length to split. Weights stay where they are.
     """
-    rules = {**layout.rules, "length": (), "batch": (*layout.rules["batch"], *layout.rules["length"])}
+    return replace(layout, rules=for_rows_of_their_own(layout.rules))
+
+
+def for_rows_of_their_own(rules: Rules) -> Rules:
+    """The rules with what splits the tokens of a row splitting rows. Raises `ConfigError` where that collides."""
+    rules = {**rules, "length": (), "batch": (*rules["batch"], *rules["length"])}
     rules["embed_of_batch"] = _embed_of_batch(rules)
-    return replace(layout, rules=rules)
+    check_activations(rules)
+    return rules
 
 
 # --- in force ----------------------------------------------------------------------------------------------

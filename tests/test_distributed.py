@@ -43,7 +43,8 @@ def test_one_process_asks_nobody() -> None:
     [
         ({}, False),
         ({"SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"SLURM_NTASKS": "4"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, False),  # in a script of sbatch, outside of srun
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
@@ -74,12 +75,13 @@ def test_a_cluster_without_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_peer_that_is_gone_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = RuntimeError("UNAVAILABLE: Task 1 heartbeat timeout")
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout")
     assert not distributed.is_lost_peer(lost)  # there is no other process
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert distributed.is_lost_peer(lost)
-    assert not distributed.is_lost_peer(RuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not distributed.is_lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not distributed.is_lost_peer(ConnectionError("the tracker's server: UNAVAILABLE"))
     assert not distributed.is_lost_peer(StageError("Barrier"))
 
 
@@ -109,6 +111,15 @@ def test_what_more_processes_have_left_is_found_by_fewer(tmp_path: Path, monkeyp
             found[index] = {key[0] for key in journals.rows}
             assert all(row["text"] == f"of {row['id']} \u2028" for row in journals.rows.values())
     assert found == {0: {"a0", "b0", "a2", "b2", "a3", "b3"}, 1: {"a1", "b1"}}
+
+
+def test_what_was_merged_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was stopped after the journals were removed and before the stage counted as finished."""
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows("a", "b")))
+    for index, known in ((0, {"a", "b"}), (1, set())):
+        as_process(monkeypatch, index)
+        with open_journals(tmp_path, 2) as journals:
+            assert {key[0] for key in journals.rows} == known
 
 
 def test_journals_go_when_the_work_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

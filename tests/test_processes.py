@@ -26,9 +26,10 @@ SAME = 1e-5
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """configs/debug.yaml with its model and data by absolute path."""
     folder = tmp_path_factory.mktemp("processes")
-    subprocess.run([sys.executable, REPO / "scripts" / "make_tiny_model.py"], check=True, cwd=REPO, capture_output=True)
+    script, model = REPO / "scripts" / "make_tiny_model.py", folder / "model"
+    subprocess.run([sys.executable, script, "--out", model], check=True, cwd=REPO, capture_output=True)
     values = yaml.safe_load(DEBUG.read_text())
-    values["model"]["path"] = str(REPO / values["model"]["path"])
+    values["model"]["path"] = str(model)
     for key in ("dsat", "seed_train", "seed_test"):
         values["data"][key] = str(REPO / values["data"][key])
     path = folder / "debug.yaml"
@@ -82,6 +83,18 @@ def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count
         assert (tmp_path / "several" / name).read_text() == (tmp_path / "one" / name).read_text()
     events = [json.loads(line) for line in (tmp_path / "several" / "log.jsonl").read_text().splitlines()]
     assert len(events) == len({(event["stage"], event["event"]) for event in events})
+
+
+@pytest.mark.slow
+def test_hosts_may_sample_together(config: Path, tmp_path: Path) -> None:
+    """A policy that fits on no host: all devices decode the same rows, and process 0 keeps them; and each."""
+    words = ("--set", "recipe.iterations=1", "--set", "data.seed_train=null", "--set", "train.max_steps=1")
+    words += ("--set", "recipe.showcase_prompts=[]", "--set", "data.max_rows=8")
+    run(config, tmp_path / "together", 2, 2, *words, "--set", "sampling.per_host=false")
+    run(config, tmp_path / "apart", 2, 2, *words)
+    sampled = [(tmp_path / name / "iter_1" / "completions.jsonl").read_text() for name in ("together", "apart")]
+    assert sampled[0] == sampled[1] and sampled[0].count("\n") == 16
+    assert not list(tmp_path.rglob("completions.partial*"))
 
 
 @pytest.mark.slow

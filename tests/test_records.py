@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_jax import files
+from drift_jax import files, records
 from drift_jax.errors import BadRowsError, DataError, StageError
 from drift_jax.files import atomic_writer, write_json, write_jsonl
 from drift_jax.records import DsatRecord, Message, Pair, dsat_to_row, pair_to_row, read_dsat, read_pairs
@@ -389,3 +389,36 @@ def test_values_that_json_cannot_hold(value: Any, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"cannot write .*x\.jsonl: JSON cannot hold this value"):
         write_jsonl(tmp_path / "x.jsonl", [{"ok": 1}, {"bad": value}])
     assert list(tmp_path.iterdir()) == []
+
+
+# --- shares of several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_of_a_file_are_the_file(tmp_path: Path, count: int) -> None:
+    """Rows, bad rows and ids that are twice, in whichever share they lie; the first of two equal ids stays."""
+    path = tmp_path / "pairs.jsonl"
+    good = [
+        {
+            "prompt": [{"role": "user", "content": f"q{i}"}],
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+            "meta": {"id": f"p{i % 7}"},
+        }
+        for i in range(9)
+    ]
+    lines = [json.dumps(row) for row in good]
+    path.write_text("\n".join(["", *lines[:3], "{", *lines[3:6], '{"prompt": []}', "", *lines[6:]]) + "\n")
+    expected = records.read_pairs(path, "skip")
+    shares = [records.read_pair_share(path, index, count) for index in range(count)]
+    assert {share.total for share in shares} == {11}
+    found = {line: record for share in shares for line, record in share.records}
+    ids = [(line, record.id) for line, record in found.items()]
+    kept, skipped = records.settle_rows(path, "skip", ids, [bad for share in shares for bad in share.bad], 11)
+    assert tuple(found[line] for line in sorted(kept)) == expected.records
+    assert skipped == expected.skipped and len(skipped) == len(expected.skipped) > 3
+    with pytest.raises(BadRowsError) as caught:
+        records.settle_rows(path, "error", ids, [bad for share in shares for bad in share.bad], 11)
+    with pytest.raises(BadRowsError, match="2 rows|4 of 11 rows") as whole:
+        records.read_pairs(path)
+    assert str(caught.value) == str(whole.value)

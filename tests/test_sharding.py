@@ -131,7 +131,7 @@ def test_all_unknown_names_are_said_at_once() -> None:
     ("rules", "dims", "axis"),
     [
         ({"mlp": ("tensor", "fsdp")}, ("batch", "mlp"), "fsdp"),
-        ({"head_dim": ("tensor",)}, ("heads", "head_dim"), "tensor"),
+        ({"embed": ("fsdp",), "kv_heads": ("fsdp",)}, ("batch", "kv_heads"), "fsdp"),
         ({"hidden": ("fsdp",)}, ("batch", "hidden"), "fsdp"),
     ],
     ids=str,
@@ -242,3 +242,14 @@ def test_a_vocabulary_of_an_odd_size(tmp_path: Path, tied: bool) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         np.testing.assert_array_equal(tensor.view(np.uint32), after[name].view(np.uint32))
+
+
+def test_heads_are_not_cut_up() -> None:
+    message = refusal(tensor=2, rules={"heads": (), "kv_heads": (), "head_dim": ("tensor",)})
+    assert "mesh.rules.head_dim: attention needs whole heads" in message
+
+
+def test_what_collides_for_the_sampler_only_is_refused_before_training() -> None:
+    """Its rows are split where training splits the tokens of a row."""
+    message = refusal(fsdp=1, sequence=8, rules={"length": ("sequence",), "mlp": ("sequence",), "embed": ()})
+    assert "'mlp'" in message and "both want mesh axis 'sequence'" in message

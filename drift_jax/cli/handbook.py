@@ -35,7 +35,7 @@ def handbook_run(path: Path, config: Path | None, changes: list[str]) -> RunConf
         mixture, data = translation.mixture, Path(resolved.run_dir) / "data"
         pairs = Path(on_main(lambda: str(load_mixture(mixture, data, resolved.data.on_bad_row))))
         changes = [change("data.seed_train", pairs / "pairs.train.jsonl"), *changes]
-        if (pairs / "pairs.test.jsonl").exists():
+        if on_main((pairs / "pairs.test.jsonl").exists):
             changes = [change("data.seed_test", pairs / "pairs.test.jsonl"), *changes]
     if not resolved.data.dsat:
         changes = ["recipe.iterations=0", *changes]

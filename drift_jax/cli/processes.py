@@ -48,7 +48,11 @@ def across_processes(command: Callable[..., None]) -> Callable[..., None]:
         processes = Processes(*(given.pop(name) for name in _OPTIONS))
         if given.get("devices") is None:  # devices that are not here have no processes
             start_processes(processes)
-        command(**given)
+        try:
+            command(**given)
+        except KeyboardInterrupt:
+            leave_peers(130)
+            raise
 
     whole = own.replace(parameters=[*own.parameters.values(), *more])
     # Typer looks at both; of the command's annotations it could not read the names that are known in its file only.
@@ -75,8 +79,8 @@ def tell_lost_peer(error: Exception) -> None:
         raise error
     from drift_jax.distributed import is_lost_peer
 
+    traceback.print_exception(error)
     if not is_lost_peer(error):
-        traceback.print_exception(error)
         return
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} has lost another one of this run, whose own "
@@ -87,14 +91,19 @@ def tell_lost_peer(error: Exception) -> None:
 
 
 def end_together(code: int) -> NoReturn:
-    """Leaves with an exit code; of several processes at once, so that the others notice.
+    """Leaves with an exit code; of several processes at once, so that the others notice."""
+    leave_peers(code)
+    raise SystemExit(code)
+
+
+def leave_peers(code: int) -> None:
+    """Ends one of several processes at once; does nothing for a single one.
 
     An ordinary end waits for the others, which may be waiting for this process themselves.
     """
     import jax
 
-    if not jax.distributed.is_initialized():
-        raise SystemExit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -128,7 +128,7 @@ def train(
     model_dir, manifest = on_each(lambda: resolve(model, resolved)), Manifest(out)
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
-    test = test_pairs if test_pairs.exists() else None
+    test = test_pairs if on_main(test_pairs.exists) else None
     for path in filter(None, (train_pairs, test)):
         check = partial(read_pairs, path, resolved.data.on_bad_row)
         on_main(lambda check=check: check() and None)  # bad rows are refused before anything is written

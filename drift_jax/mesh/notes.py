@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax
+
 from drift_jax.config import RunConfig
 from drift_jax.errors import ConfigError
 from drift_jax.mesh.rows import ArrayRow, padded_vocab
@@ -50,12 +52,12 @@ def _idle_axes(layout: Layout) -> Iterator[str]:
             )
 
 
-def find_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
+def find_problems(config: RunConfig, layout: Layout, planned: bool) -> Iterator[str]:
+    """What `drift run` would refuse. Where it samples depends on hosts, which planned devices do not have."""
     train, sampling = config.train, config.sampling
-    checks = (
-        lambda: check_batch(layout, train.batch_size, train.accumulation_steps),
-        lambda: check_sampling_batch(for_sampling(layout), sampling.batch_size),
-    )
+    checks = [lambda: check_batch(layout, train.batch_size, train.accumulation_steps)]
+    if not planned and jax.process_count() == 1:
+        checks.append(lambda: check_sampling_batch(for_sampling(layout), sampling.batch_size))
     for check in checks:
         try:
             check()

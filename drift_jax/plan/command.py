@@ -24,45 +24,50 @@ if TYPE_CHECKING:
 # The imports of JAX are in the functions: the number of fake devices and the platform are set before it starts.
 
 
+# Typer reads `Optional` on every version.
+Topology = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="A TPU slice (v5e:4x4, v5p:2x2x2, v6e:4x4, ...) or GPUs (h100:8): compiled for without them."),
+]
+Devices = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Compile for so many devices of this machine instead; on a CPU they are fake."),
+]
+HbmGib = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="With --devices: the memory of a device in GiB. Default: 80 GB, an H100's 74.5 GiB."),
+]
+Search = Annotated[
+    bool, typer.Option("--search", help="Try meshes, accumulation and remat, and name the best that fits.")
+]
+MaxCompiles = Annotated[int, typer.Option(min=1, help="With --search: so many train steps are compiled at most.")]
+Write = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        metavar="FILE", help="With --search: CONFIG with the keys of the best one, without CONFIG's comments."
+    ),
+]
+Html = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(metavar="FILE", help="Write a page with bar charts of memory and time."),
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the config, such as mesh.tensor=2. Repeatable."),
+]
+
+
 def plan_command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")],
-    topology: Annotated[
-        Optional[str],  # noqa: UP045  (typer reads this form on every version)
-        typer.Option(
-            help="A TPU slice (v5e:4x4, v5p:2x2x2, v6e:4x4, ...) or GPUs (h100:8): compiled for without them."
-        ),
-    ] = None,
-    devices: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Compile for so many devices of this machine instead; on a CPU they are fake."),
-    ] = None,
-    hbm_gib: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="With --devices: the memory of a device in GiB. Default: 80 GB, an H100's 74.5 GiB."),
-    ] = None,
-    search: Annotated[
-        bool, typer.Option("--search", help="Try meshes, accumulation and remat, and name the best that fits.")
-    ] = False,
-    max_compiles: Annotated[
-        int, typer.Option(min=1, help="With --search: so many train steps are compiled at most.")
-    ] = 6,
-    write: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            metavar="FILE", help="With --search: CONFIG with the keys of the best one, without CONFIG's comments."
-        ),
-    ] = None,
+    topology: Topology = None,
+    devices: Devices = None,
+    hbm_gib: HbmGib = None,
+    search: Search = False,
+    max_compiles: MaxCompiles = 6,
+    write: Write = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as a JSON list, and nothing else.")] = False,
-    html: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Write a page with bar charts of memory and time."),
-    ] = None,
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key of the config, such as mesh.tensor=2. Repeatable."
-        ),
-    ] = None,
+    html: Html = None,
+    overrides: Overrides = None,
 ) -> None:
     """Compile a run for a slice that need not be there: what fits in a chip, what devices send, how long it takes."""
     if write is not None and not search:
@@ -72,26 +77,36 @@ def plan_command(
         apply_override(raw, override)
     where = open_devices(topology, devices, hbm_gib)
     resolved = build_config(raw, source=str(config))
-    rows, choice = run_plan(resolved, where, search, max_compiles, Console(stderr=True, emoji=False))
+    progress = Console(stderr=True, emoji=False)
+    rows, choice = run_plan(resolved, where, search, max_compiles, progress)
     title = f"{config.name} ({resolved.model.path}) on {where.name}"
     if html is not None:
         from drift_jax.plan.show import render_page
 
         _write(html, render_page(rows, title, choice.why if choice else ""))
-    if write is not None and choice is not None and choice.config is not None:
-        _write(write, _with_choice(raw, choice.config, title))
+    console = progress if as_json else Console(emoji=False)
     if as_json:
-        print(json.dumps([row.to_json() for row in rows]))
-        return
-    from drift_jax.plan.show import print_plan
+        print(json.dumps([row.to_json() | ({"best": row is choice.best} if choice else {}) for row in rows]))
+    else:
+        from drift_jax.plan.show import print_plan
 
-    console = Console(emoji=False)
-    print_plan(rows, console, title)
+        print_plan(rows, console, title)
     if choice is not None:
-        console.print(choice.why, highlight=False, soft_wrap=True, markup=False)
-    if write is not None:
-        said = f"written: {write}" if choice and choice.config else f"{write} is not written: nothing fits"
-        console.print(said, highlight=False, soft_wrap=True, markup=False)
+        _say(choice.why, console)
+    if write is not None and choice is not None:
+        _write_choice(write, raw, choice, title, console)
+
+
+def _write_choice(path: Path, raw: dict[str, Any], choice: Choice, title: str, console: Console) -> None:
+    """Raises `ConfigError` when nothing fits."""
+    if choice.config is None:
+        raise ConfigError(f"{path} is not written: nothing fits. {choice.why}")
+    _write(path, _with_choice(raw, choice.config, title))
+    _say(f"written: {path}", console)
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def open_devices(topology: str | None, devices: int | None, hbm_gib: float | None) -> Slice:

@@ -183,13 +183,13 @@ def sampling_layout_of(config: RunConfig, model: QwenConfig, where: Slice) -> La
     Raises:
       ConfigError: `sampling.batch_size` cannot be split over the devices.
     """
-    limit = where.chip.limit_gib
+    whole, limit = build_layout(config.mesh, where.devices), where.chip.limit_gib
     limits = [None if limit is None else limit * 2**30] * len(where.host)
     per_host = bool(where.host) and config.sampling.per_host is not False
     if per_host and (config.sampling.per_host or fits_one_host(config, model, limits)):
-        layout = layout_of_host(config, where.host)
+        layout = layout_of_host(whole, config, where.host)
     else:
-        layout = for_sampling(build_layout(config.mesh, where.devices))
+        layout = for_sampling(whole)
     check_sampling_batch(layout, config.sampling.batch_size)
     return layout
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from drift_jax.config import MeshConfig, RunConfig
-from drift_jax.data.packing import token_budget
+from drift_jax.data.packing import Split, token_budget
 from drift_jax.errors import ConfigError
 from drift_jax.models.architecture import QwenConfig, qwen_config_from_hf
 from drift_jax.plan.estimate import KERNEL_SHARE
@@ -196,7 +196,7 @@ def list_candidates(config: RunConfig, model: QwenConfig, where: Slice) -> list[
             continue
         if remat == "offload" and where.chip.clock_hz is None:
             continue  # fake devices have no host memory of their own
-        tokens = _tokens_per_device(config, micro // mesh.rows) // mesh.sequence
+        tokens = _tokens_per_device(config, micro // mesh.rows, Split(mesh.rows, mesh.sequence))
         gib = _count_gib(config, model, mesh, tokens, remat)
         if gib <= _MARGIN * limit:
             seconds = _count_seconds(config, model, mesh, tokens, remat, where)
@@ -238,10 +238,11 @@ def _accumulations(config: RunConfig) -> list[int]:
     return [steps for steps in _powers_of_two(config.train.batch_size) if config.train.batch_size % steps == 0]
 
 
-def _tokens_per_device(config: RunConfig, pairs: int) -> int:
+def _tokens_per_device(config: RunConfig, pairs: int, split: Split) -> int:
+    """As the loader's budget; `pairs` of the devices that share the tokens of rows."""
     lengths = PairLengths.of(config)
     longest = lengths.prompt + 2 * lengths.completion
-    return config.train.tokens_per_device or token_budget(longest, pairs)
+    return config.train.tokens_per_device or token_budget(longest, pairs, split) // split.tokens
 
 
 def _count_gib(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int, remat: str) -> float:

@@ -33,7 +33,7 @@ EXAMPLES = (
 )
 _HOST = "2x2x1"  # chips of a host, as the compiler lays slices out
 _NAME = re.compile(r"(v\w+):(\d+(?:x\d+)+)")
-_GPU_NAME = re.compile(r"(h\d+):(?:(\d+)x)?(\d+)")
+_GPU_NAME = re.compile(r"(h\d+):(?:([1-9]\d*)x)?([1-9]\d*)")
 _GIB = 2**30
 
 

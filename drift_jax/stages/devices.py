@@ -28,20 +28,22 @@ def sampling_layout(config: RunConfig, model_dir: Path) -> tuple[Layout, bool]:
     Raises:
       ConfigError: `sampling.batch_size` cannot be split over the devices.
     """
+    whole = build_layout(config.mesh)
     per_host = jax.process_count() > 1 and config.sampling.per_host is not False
     if per_host and config.sampling.per_host is None:
         per_host = all(gather(_fits_here(config, model_dir)))
     if per_host:
-        layout = layout_of_host(config, jax.local_devices())
+        layout = layout_of_host(whole, config, jax.local_devices())
     else:
-        layout = for_sampling(build_layout(config.mesh))
+        layout = for_sampling(whole)
     check_sampling_batch(layout, config.sampling.batch_size)
     return layout, per_host
 
 
-def layout_of_host(config: RunConfig, local: Sequence[jax.Device]) -> Layout:
-    """How a host that samples a share of its own splits policy and rows over its devices."""
-    tensor = config.mesh.tensor if len(local) % config.mesh.tensor == 0 else 1
+def layout_of_host(whole: Layout, config: RunConfig, local: Sequence[jax.Device]) -> Layout:
+    """How a host that samples a share of its own splits policy and rows over its devices, out of those of `whole`."""
+    tensor = whole.sizes["tensor"]
+    tensor = tensor if len(local) % tensor == 0 else 1
     mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor, sequence=1, strategy="auto")
     return for_sampling(build_layout(mesh, local))
 

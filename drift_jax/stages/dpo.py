@@ -135,7 +135,7 @@ class _Stage:
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
         self.ref = ref
-        step = checkpointer.latest_step()
+        step = on_main(checkpointer.latest_step)
         if step is not None:
             self.console.print(f"going on from the checkpoint of update {step}")
             abstract = self.trainer.abstract_state

@@ -15,7 +15,7 @@ from drift_jax.stages.dpo import TrainJob
 _SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
 _TOKEN_KEYS = ("data.max_length", "data.max_prompt_length", "data.template", "data.eos", "data.truncation")
 _TRAIN_KEYS = ("train.", *_TOKEN_KEYS, "data.on_bad_row", "model.compute_dtype", "model.pad_embedding")
-_NOT_SHAPING = ("sampling.batch_size", "train.eval_batch_size", "train.eval_every")
+_NOT_SHAPING = ("sampling.batch_size", "sampling.per_host", "train.eval_batch_size", "train.eval_every")
 
 Identity = tuple[dict[str, Any], dict[str, str]]  # (config keys, input hashes)
 

@@ -78,9 +78,10 @@ _NAME = "completions.partial"
 class Journals:
     """The journal of this process, and the rows that it answers for: its own, and on process 0 those of none."""
 
-    def __init__(self, own: Journal | None, left: Iterable[Path]) -> None:
+    def __init__(self, own: Journal | None, left: Iterable[Path], merged: Path | None = None) -> None:
         self._own, self._left = own, tuple(left)
-        rows = [row for path in self._left for row in read_rows(path, torn=True)] + (own.rows if own else [])
+        rows = read_rows(merged) if merged is not None and merged.exists() else []
+        rows += [row for path in self._left for row in read_rows(path, torn=True)] + (own.rows if own else [])
         self.rows = {(row["id"], row["sample"]): row for row in rows}
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -108,7 +109,8 @@ class Journals:
 def open_journals(out_dir: Path, writers: int) -> Journals:
     """The journal of this process under `out_dir`, if it is one of the first `writers`.
 
-    Process 0 also reads what a run with more writers left. Raises `DataError` for a line that is not JSON.
+    Process 0 also reads what a run with more writers left, and what a run had merged that was stopped before the stage
+    counted as finished. Raises `DataError` for a line that is not JSON.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     index = jax.process_index()
@@ -117,4 +119,4 @@ def open_journals(out_dir: Path, writers: int) -> Journals:
     number = {path: path.name.split(".")[2] for path in sorted(out_dir.glob(f"{_NAME}.*.jsonl"))}
     left = [path for path, text in number.items() if text.isdigit() and int(text) >= writers]
     own = Journal(out_dir / (f"{_NAME}.{index}.jsonl" if index else f"{_NAME}.jsonl"))
-    return Journals(own, left if index == 0 else ())
+    return Journals(own, left, out_dir / "completions.jsonl") if index == 0 else Journals(own, ())

@@ -45,7 +45,8 @@ def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Pa
     records = [record for _, record in split.rows()]
     mine = records[jax.process_index() :: jax.process_count()] if per_host else records
     requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
-    report_refused(_of_all(refused, per_host), config)
+    all_refused = _of_all(refused, per_host)
+    on_each(lambda: report_refused(all_refused, config))
     params = SamplingParams.from_config(config.sampling, tokenizer.eos_ids, tokenizer.vocab_size)
     with (
         on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,

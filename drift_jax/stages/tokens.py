@@ -141,7 +141,7 @@ def _tokenize(config: RunConfig, path: Path, tokenizer: ChatTokenizer, console: 
     answers = gather({"lines": lines, "bad": share.bad, "refused": refused, "ids": [p.id for _, p in share.records]})
     ids = [pair for answer in answers for pair in zip(answer["lines"], answer["ids"], strict=True)]
     bad = [(line, why) for answer in answers for line, why in answer["bad"]]
-    kept, _ = settle_rows(path, config.data.on_bad_row, ids, bad, share.total)
+    kept, _ = on_each(lambda: settle_rows(path, config.data.on_bad_row, ids, bad, share.total))
     tokens = [rows_from_bytes(data).pairs for data in gather_bytes(rows_to_bytes(TokenizedRows(mine, ())))]
     by_line, refusals = {}, []
     for answer, pairs in zip(answers, tokens, strict=True):
@@ -153,7 +153,7 @@ def _tokenize(config: RunConfig, path: Path, tokenizer: ChatTokenizer, console: 
             else:
                 by_line[line] = next(encoded)
     messages = [message for _, message in sorted(refusals)]
-    report_refused(messages, config)
+    on_each(lambda: report_refused(messages, config))
     return TokenizedRows([by_line[line] for line in sorted(kept & by_line.keys())], tuple(messages))
 
 

@@ -47,8 +47,8 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     exit
 fi
 
-# Stops what still runs, with the children it has. JAX takes SIGTERM for the notice of a preemption and goes on, and a
-# process that waits for a lost one in a collective hears nothing: so the second signal is one that nobody can ignore.
+# Stops what still runs, with the children it has. A process that waits for a lost one in a collective may hear nothing:
+# so the second signal is one that nobody can ignore.
 stop_all() {
     trap '' INT TERM HUP
     local pid tenths=0
