@@ -339,10 +339,11 @@ def run_per_device(
 ) -> jax.Array:
     """`function` of each device's part of the arrays: for kernels, which XLA does not split by itself.
 
-    Without a mesh in force it is a plain call. A dim that some array cannot have split evenly is split in none.
+    Without a mesh in force, or on one device, it is a plain call. A dim that some array cannot have split evenly is
+    split in none.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return function(*args)
     sizes = [pair for arg, names in zip(args, dims, strict=True) for pair in zip(names, arg.shape, strict=True)]
     uneven = {dim for dim, size in sizes if dim is not None and size % split_ways(dim)}

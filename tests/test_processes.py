@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -53,8 +55,8 @@ def run(config: Path, run_dir: Path, count: int, devices: int, *words: str) -> l
     return [output for _, output in ends]
 
 
-def assert_same_metrics(ours: Path, expected: Path) -> None:
-    for stage in STAGES:
+def assert_same_metrics(ours: Path, expected: Path, stages: Sequence[str]) -> None:
+    for stage in stages:
         rows, wanted = read_metrics(ours / stage), read_metrics(expected / stage)
         assert [row["step"] for row in rows] == [row["step"] for row in wanted] and rows
         for row, want in zip(rows, wanted, strict=True):
@@ -64,11 +66,13 @@ def assert_same_metrics(ours: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count: int) -> None:
-    run(config, tmp_path / "one", 1, 2 * count)
-    outputs = run(config, tmp_path / "several", count, 2)
-    assert_same_metrics(tmp_path / "several", tmp_path / "one")
+@pytest.mark.parametrize(("count", "iterations"), [(2, 2), (4, int(os.environ.get("DRIFT_ITERATIONS_OF_FOUR", "1")))])
+def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count: int, iterations: int) -> None:
+    """Every process compiles everything, so four of them on two cores do one iteration unless told otherwise."""
+    words = ("--set", f"recipe.iterations={iterations}")
+    run(config, tmp_path / "one", 1, 2 * count, *words)
+    outputs = run(config, tmp_path / "several", count, 2, *words)
+    assert_same_metrics(tmp_path / "several", tmp_path / "one", STAGES[: iterations + 1])
     assert "policy:" in outputs[0] and not any(output.strip() for output in outputs[1:])
 
     def files(folder: Path) -> set[str]:
@@ -79,20 +83,21 @@ def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count
     assert {f for f in files(tmp_path / "several") if "/tokens/" not in f} == {
         f for f in files(tmp_path / "one") if "/tokens/" not in f
     }
-    for name in ("iter_1/completions.jsonl", "iter_2/completions.jsonl", "iter_2/drops.json"):
-        assert (tmp_path / "several" / name).read_text() == (tmp_path / "one" / name).read_text()
+    for iteration in range(1, iterations + 1):
+        for name in (f"iter_{iteration}/completions.jsonl", f"iter_{iteration}/drops.json"):
+            assert (tmp_path / "several" / name).read_text() == (tmp_path / "one" / name).read_text()
     events = [json.loads(line) for line in (tmp_path / "several" / "log.jsonl").read_text().splitlines()]
     assert len(events) == len({(event["stage"], event["event"]) for event in events})
 
 
 @pytest.mark.slow
 def test_hosts_may_sample_together(config: Path, tmp_path: Path) -> None:
-    """A policy that fits on no host: all devices decode the same rows, and process 0 keeps them; and each."""
+    """A policy that fits on no host: all devices decode the same rows, and process 0 keeps them."""
     words = ("--set", "recipe.iterations=1", "--set", "data.seed_train=null", "--set", "train.max_steps=1")
     words += ("--set", "recipe.showcase_prompts=[]", "--set", "data.max_rows=8")
     run(config, tmp_path / "together", 2, 2, *words, "--set", "sampling.per_host=false")
-    run(config, tmp_path / "apart", 2, 2, *words)
-    sampled = [(tmp_path / name / "iter_1" / "completions.jsonl").read_text() for name in ("together", "apart")]
+    run(config, tmp_path / "one", 1, 4, *words)
+    sampled = [(tmp_path / name / "iter_1" / "completions.jsonl").read_text() for name in ("together", "one")]
     assert sampled[0] == sampled[1] and sampled[0].count("\n") == 16
     assert not list(tmp_path.rglob("completions.partial*"))
 
