@@ -73,7 +73,9 @@ def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count
     run(config, tmp_path / "one", 1, 2 * count, *words)
     outputs = run(config, tmp_path / "several", count, 2, *words)
     assert_same_metrics(tmp_path / "several", tmp_path / "one", STAGES[: iterations + 1])
-    assert "policy:" in outputs[0] and not any(output.strip() for output in outputs[1:])
+    # XLA itself may warn on any process, of a slow compilation for example.
+    ours = ("policy:", "seed/train", "reference log-probs", "DPO: ")
+    assert [[text in output for text in ours] for output in outputs] == [[True] * 4] + [[False] * 4] * (count - 1)
 
     def files(folder: Path) -> set[str]:
         caches = (".cache", "checkpoints")
@@ -123,7 +125,7 @@ def test_a_killed_process_ends_the_others_within_a_minute(config: Path, tmp_path
 def test_what_is_wrong_is_said_once_and_by_all(config: Path, tmp_path: Path) -> None:
     ends = finish(start(config, tmp_path / "run", 2, 2, "--set", "data.dsat=/nowhere.jsonl"), 120)
     assert [code for code, _ in ends] == [2, 2]
-    assert "/nowhere.jsonl does not exist" in ends[0][1] and not ends[1][1].strip()
+    assert "/nowhere.jsonl does not exist" in ends[0][1] and "nowhere" not in ends[1][1]
 
 
 @pytest.mark.parametrize(
