@@ -5,6 +5,8 @@ Saving is asynchronous; a checkpoint is restored onto whatever mesh the new run 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -55,22 +57,14 @@ class Checkpointer:
         """
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}  # type: ignore[call-arg]
         args[_META] = ocp.args.JsonSave(meta)  # type: ignore[call-arg]
-        try:
+        with self._refusals():
             self._manager.save(step, args=ocp.args.Composite(**args))
-        except Exception as error:
-            if is_lost_peer(error):
-                raise
-            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises `StageError` when it is not."""
-        try:
+        with self._refusals():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception as error:
-            if is_lost_peer(error):
-                raise
-            raise self._failed(error) from error
 
     def read_meta(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(**{_META: ocp.args.JsonRestore()}))[_META]  # type: ignore[call-arg]
@@ -91,8 +85,15 @@ class Checkpointer:
                 "Use the config it was made with, or remove the directory to start the stage again."
             ) from error
 
-    def _failed(self, error: Exception) -> StageError:
-        return StageError(
-            f"cannot write a checkpoint to {self.directory}: {error}. The last whole one is step "
-            f"{self._manager.latest_step()}. Free space and run again; the stage goes on from there."
-        )
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What keeps a checkpoint from being written, as a `StageError`; that another process is gone, as it is."""
+        try:
+            yield
+        except Exception as error:
+            if is_lost_peer(error):
+                raise
+            raise StageError(
+                f"cannot write a checkpoint to {self.directory}: {error}. The last whole one is step "
+                f"{self._manager.latest_step()}. Free space and run again; the stage goes on from there."
+            ) from error

@@ -23,16 +23,6 @@ _BLOCK = 128
 _MASKED = -1e30  # finite: the first block of a query's keys may be hidden from it
 
 
-def attend_spans(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    seen: KeySpans,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over packed rows, scaled by H**-0.5, softmax in float32."""
-    return attend_part(query, key, value, place_spans(seen))
-
-
 class PlacedSpans(NamedTuple):
     """`KeySpans` of queries and where in their row these stand: all of a row or, on this device, a part of it."""
 
@@ -54,7 +44,10 @@ def attend_part(
     value: Float[Array, "B S K H"],
     seen: PlacedSpans,
 ) -> Float[Array, "B T N H"]:
-    """`attend_spans` for some queries of each row, next to each other, over all of its keys."""
+    """Grouped-query attention over packed rows, scaled by H**-0.5, softmax in float32.
+
+    For all queries of each row or some, next to each other, over all of its keys.
+    """
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     block = min(_BLOCK, length)

@@ -57,6 +57,11 @@ class PairLengths(NamedTuple):
     prompt: int
     completion: int  # of each side
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a pair takes in a row: its prompt once, and both completions."""
+        return self.prompt + 2 * self.completion
+
     @staticmethod
     def of(config: RunConfig) -> PairLengths:
         prompt = min(config.data.max_prompt_length, config.data.max_length - 1)

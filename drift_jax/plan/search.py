@@ -208,9 +208,8 @@ def list_candidates(config: RunConfig, model: QwenConfig, where: Slice) -> list[
 
 def _meshes(config: RunConfig, model: QwenConfig, where: Slice) -> Iterator[Mesh]:
     """Over all devices. Rows are cut (`sequence`) only where they are long, or fewer than the devices."""
-    devices, lengths = len(where.devices), PairLengths.of(config)
-    longest = lengths.prompt + 2 * lengths.completion
-    cut_rows = longest >= _LONG_ROW or config.train.batch_size < devices
+    devices = len(where.devices)
+    cut_rows = PairLengths.of(config).longest >= _LONG_ROW or config.train.batch_size < devices
     for tensor, sequence in itertools.product(
         _powers_of_two(min(devices, _MOST_TENSOR)), _powers_of_two(devices if cut_rows else 1)
     ):
@@ -240,9 +239,7 @@ def _accumulations(config: RunConfig) -> list[int]:
 
 def _tokens_per_device(config: RunConfig, pairs: int, split: Split) -> int:
     """As the loader's budget; `pairs` of the devices that share the tokens of rows."""
-    lengths = PairLengths.of(config)
-    longest = lengths.prompt + 2 * lengths.completion
-    return config.train.tokens_per_device or token_budget(longest, pairs, split) // split.tokens
+    return config.train.tokens_per_device or token_budget(PairLengths.of(config).longest, pairs, split) // split.tokens
 
 
 def _count_gib(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int, remat: str) -> float:
@@ -268,8 +265,7 @@ def _count_seconds(config: RunConfig, model: QwenConfig, mesh: Mesh, tokens: int
     flops = 3 * config.train.batch_size * forward_flops(model, lengths.prompt, lengths.completion, lengths.completion)
     again = 1.0 if remat == "dots" else 4 / 3
     compute = again * flops / len(where.devices) / (KERNEL_SHARE * chip.peak_flops)
-    pairs = lengths.prompt + 2 * lengths.completion
-    micro_batches = config.train.batch_size * pairs / (tokens * sequence * mesh.rows)
+    micro_batches = config.train.batch_size * lengths.longest / (tokens * sequence * mesh.rows)
     ring = 2 * chip.link_bytes
     # Weights forward and again backward, gradients back; over `data` the gradients of every micro-batch meet.
     shared = mesh.fsdp * sequence

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError
 from drift_jax.models import splash, triton
-from drift_jax.models.attention import BACKENDS, attend, attend_per_device, resolve_attention
+from drift_jax.models.attention import BACKENDS, attend, attend_by_xla, attend_per_device, resolve_attention
 from drift_jax.models.intervals import KeyIntervals, KeySpans, find_overlap, place_tokens, to_intervals
-from drift_jax.models.xla import attend_spans, place_spans, split_spans
+from drift_jax.models.xla import place_spans, split_spans
 from drift_jax.sharding import build_layout, use_layout
 
 KERNELS = {"splash": splash.attend, "triton": triton.attend}
@@ -126,7 +126,7 @@ def test_a_mask_per_row() -> None:
 def test_packed_rows_equal_the_whole_mask() -> None:
     q, k, v = random_qkv(300)
     spans, mask = make_spans(PAIRS, 300), make_mask(PAIRS, 300)
-    ours = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), q, k, v)
+    ours = value_and_grads(lambda *qkv: attend_by_xla(*qkv, spans), q, k, v)
     for a, b in zip(ours, value_and_grads(lambda *qkv: attend_whole(*qkv, mask), q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
     mask[0, 150, 110] = True  # one rejected token sees one chosen one
@@ -141,7 +141,7 @@ def test_scores_are_not_kept_for_the_backward_pass() -> None:
     def largest_kept(f: Callable[..., jax.Array]) -> int:
         return max(x.size for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(f, *qkv)[1], q, k, v)))
 
-    assert largest_kept(lambda *qkv: attend_spans(*qkv, spans)) <= q.size
+    assert largest_kept(lambda *qkv: attend_by_xla(*qkv, spans)) <= q.size
     assert largest_kept(lambda *qkv: attend(*qkv, mask)) == 2 * 6 * 512 * 512
 
 
@@ -184,10 +184,10 @@ def test_kernels_equal_xla(name: str, dim: int, length: int) -> None:
     spans = make_spans(PAIRS, length)
     kernel = partial(attend_in_order, partial(KERNELS[name], interpret=True))
     ours = value_and_grads(lambda *qkv: kernel(*qkv, spans), q, k, v)
-    for a, b in zip(ours, value_and_grads(lambda *qkv: attend_spans(*qkv, spans), q, k, v), strict=True):
+    for a, b in zip(ours, value_and_grads(lambda *qkv: attend_by_xla(*qkv, spans), q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     other = make_spans([PAIRS[0], [(20, 89, 11), *PAIRS[1][1:]]], length)  # one chosen token is now a rejected one
-    assert np.abs(ours[0] - attend_spans(q, k, v, other)).max() > 1e-2
+    assert np.abs(ours[0] - attend_by_xla(q, k, v, other)).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -196,8 +196,8 @@ def test_kernels_in_bfloat16_are_as_close_to_float32_as_xla_is(name: str) -> Non
     spans = make_spans(PAIRS, 256)
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     kernel = partial(attend_in_order, partial(KERNELS[name], interpret=True))
-    exact = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), *(x.astype(jnp.float32) for x in narrow))
-    xla = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), *narrow)
+    exact = value_and_grads(lambda *qkv: attend_by_xla(*qkv, spans), *(x.astype(jnp.float32) for x in narrow))
+    xla = value_and_grads(lambda *qkv: attend_by_xla(*qkv, spans), *narrow)
     for a, b, c in zip(value_and_grads(lambda *qkv: kernel(*qkv, spans), *narrow), xla, exact, strict=True):
         assert 0 < np.linalg.norm(a - c) <= 1.25 * np.linalg.norm(b - c)
 
@@ -269,7 +269,7 @@ def test_triton_on_a_gpu_equals_xla(dim: int, dtype: Any) -> None:
     with jax.default_device(gpus()[0]), jax.default_matmul_precision("highest"):
         q, k, v = (x.astype(dtype) for x in random_qkv(640, heads=12, dim=dim))
         ours = value_and_grads(partial(attend_in_order, triton.attend, spans=spans), q, k, v)
-        exact = value_and_grads(lambda *qkv: attend_spans(*qkv, spans), *(x.astype(jnp.float32) for x in (q, k, v)))
+        exact = value_and_grads(lambda *qkv: attend_by_xla(*qkv, spans), *(x.astype(jnp.float32) for x in (q, k, v)))
     for a, b in zip(ours, exact, strict=True):
         assert np.linalg.norm(a - b) < 6e-3 * np.linalg.norm(b)  # 8 bits, or the 10 of TF32
 
@@ -289,7 +289,7 @@ def test_xla_computes_no_block_that_nothing_sees() -> None:
     """NaN in the chosen keys, of which rejected tokens see none: 0 x NaN would show if they were computed."""
     q, k, v = random_qkv(384, heads=2, kv_heads=1, dim=16, rows=1)
     spans = make_spans([[(128, 128, 128)]], 384)
-    grads = jax.jit(jax.grad(lambda *qkv: jnp.sin(attend_spans(*qkv, spans)[:, 256:]).sum(), argnums=(0, 1, 2)))
+    grads = jax.jit(jax.grad(lambda *qkv: jnp.sin(attend_by_xla(*qkv, spans)[:, 256:]).sum(), argnums=(0, 1, 2)))
     clean = grads(q, k, v)
     for grad, whole in zip(grads(q, *(x.at[:, 128:256].set(jnp.nan) for x in (k, v))), clean, strict=True):
         np.testing.assert_array_equal(grad[:, 256:], whole[:, 256:])
