@@ -7,11 +7,10 @@ import os
 import typer
 from rich.markup import escape
 
-from drift_jax.cli import sharding, stages, tools
+from drift_jax.cli import plan, sharding, stages, tools
 from drift_jax.cli.options import build_console
 from drift_jax.cli.processes import across_processes, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
-from drift_jax.plan.command import plan_command
 
 app = typer.Typer(
     name="drift",
@@ -24,9 +23,8 @@ app = typer.Typer(
 )
 for command in (stages.run, stages.sample, stages.train, stages.export, sharding.mesh):
     app.command()(across_processes(command))
-for command in (tools.presets, tools.doctor):
+for command in (tools.presets, tools.doctor, plan.plan):
     app.command()(command)
-app.command("plan")(plan_command)
 app.add_typer(tools.config_app, name="config")
 
 

@@ -16,11 +16,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from drift_jax.cli import plan as command
 from drift_jax.config import load_config
 from drift_jax.errors import ConfigError, ModelError, StageError
 from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.published import ARCHITECTURES, find_architecture
-from drift_jax.plan import command, search
+from drift_jax.plan import search
 from drift_jax.plan.collectives import Traffic
 from drift_jax.plan.hlo import Instruction
 from drift_jax.plan.programs import Programs, build_programs, sampling_layout_of
@@ -317,7 +318,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def test_json_and_nothing_else(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.plan_command(config_file, devices=8, as_json=True, overrides=["mesh.tensor=2"])
+    command.plan(config_file, devices=8, as_json=True, overrides=["mesh.tensor=2"])
     (row,) = json.loads(capsys.readouterr().out)
     assert row["fits"] and row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
 
@@ -327,7 +328,7 @@ def test_search_writes_the_users_keys_with_the_best(
 ) -> None:
     monkeypatch.setattr(search, "plan_row", lambda *args, **kw: fake_row(*args, **kw, needs=lambda c: 10.0))
     out, page = tmp_path / "chosen.yaml", tmp_path / "plan.html"
-    command.plan_command(config_file, devices=8, search=True, write=out, html=page, overrides=["train.beta=0.2"])
+    command.plan(config_file, devices=8, search=True, write=out, html=page, overrides=["train.beta=0.2"])
     before, after = load_config(config_file), load_config(out)
     assert after.train.beta == 0.2 and after.mesh != before.mesh
     assert dataclasses.replace(after, mesh=before.mesh, train=before.train, model=before.model) == before
@@ -340,13 +341,13 @@ def test_search_writes_the_users_keys_with_the_best(
 
 def test_what_is_asked_for_must_make_sense(config_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--write writes what --search finds"):
-        command.plan_command(config_file, devices=8, write=tmp_path / "x.yaml")
+        command.plan(config_file, devices=8, write=tmp_path / "x.yaml")
     with pytest.raises(ConfigError, match="give --topology"):
-        command.plan_command(config_file)
+        command.plan(config_file)
     with pytest.raises(ConfigError, match="give --topology"):
-        command.plan_command(config_file, topology="v5e:4x4", devices=8)
+        command.plan(config_file, topology="v5e:4x4", devices=8)
     with pytest.raises(ConfigError, match="--hbm-gib goes with --devices"):
-        command.plan_command(config_file, topology="v5e:4x4", hbm_gib=16.0)
+        command.plan(config_file, topology="v5e:4x4", hbm_gib=16.0)
 
 
 def test_file_that_cannot_be_written(tmp_path: Path) -> None:
@@ -357,8 +358,8 @@ def test_file_that_cannot_be_written(tmp_path: Path) -> None:
 def test_number_of_fake_devices_is_set_before_jax_starts(config_file: Path) -> None:
     code = f"""
 from pathlib import Path
-from drift_jax.plan.command import plan_command
-plan_command(Path({str(config_file)!r}), devices=16, as_json=True, overrides=["train.batch_size=8"])
+from drift_jax.cli.plan import plan
+plan(Path({str(config_file)!r}), devices=16, as_json=True, overrides=["train.batch_size=8"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr

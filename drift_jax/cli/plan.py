@@ -12,6 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from drift_jax.cli.options import ConfigFile, Overrides, build_console
 from drift_jax.config import RunConfig, apply_override, build_config, read_yaml
 from drift_jax.errors import ConfigError
 from drift_jax.files import atomic_writer
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from drift_jax.plan.slices import Slice
 
 # The imports of JAX are in the functions: the number of fake devices and the platform are set before it starts.
-
 
 # Typer reads `Optional` on every version.
 Topology = Annotated[
@@ -51,14 +51,10 @@ Html = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(metavar="FILE", help="Write a page with bar charts of memory and time."),
 ]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the config, such as mesh.tensor=2. Repeatable."),
-]
 
 
-def plan_command(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")],
+def plan(
+    config: ConfigFile,
     topology: Topology = None,
     devices: Devices = None,
     hbm_gib: HbmGib = None,
@@ -77,14 +73,14 @@ def plan_command(
         apply_override(raw, override)
     where = open_devices(topology, devices, hbm_gib)
     resolved = build_config(raw, source=str(config))
-    progress = Console(stderr=True, emoji=False)
+    progress = build_console(stderr=True)
     rows, choice = run_plan(resolved, where, search, max_compiles, progress)
     title = f"{config.name} ({resolved.model.path}) on {where.name}"
     if html is not None:
         from drift_jax.plan.show import render_page
 
         _write(html, render_page(rows, title, choice.why if choice else ""))
-    console = progress if as_json else Console(emoji=False)
+    console = progress if as_json else build_console()
     if as_json:
         print(json.dumps([row.to_json() | ({"best": row is choice.best} if choice else {}) for row in rows]))
     else:
