@@ -140,6 +140,11 @@ def gather_bytes(data: bytes) -> list[bytes]:
     return [b"".join(parts)[:length] for parts, length in zip(pieces, lengths, strict=True)]
 
 
+def gather_packed(value: T, pack: Callable[[T], bytes], unpack: Callable[[bytes], T]) -> list[T]:
+    """A value of every process, in the order of the processes, on all of them; one process packs nothing."""
+    return [value] if jax.process_count() == 1 else [unpack(data) for data in gather_bytes(pack(value))]
+
+
 def on_main(work: Callable[[], T]) -> T:
     """`work()` on process 0 alone; its result, a JSON value, on every process. Its `DriftError` is raised on all."""
     if jax.process_count() == 1:
@@ -167,6 +172,19 @@ def send_bytes(make: Callable[[], bytes | None]) -> bytes | None:
     answers = gather({"problem": error and str(error), "there": data is not None})
     _raise_first(error, answers)
     return gather_bytes(data or b"")[0] if answers[0]["there"] else None
+
+
+def send(make: Callable[[], T | None], pack: Callable[[T], bytes], unpack: Callable[[bytes], T]) -> T | None:
+    """`send_bytes` for values that can be packed; one process packs nothing."""
+    if jax.process_count() == 1:
+        return make()
+
+    def make_bytes() -> bytes | None:
+        value = make()
+        return None if value is None else pack(value)
+
+    data = send_bytes(make_bytes)
+    return None if data is None else unpack(data)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, DriftError | None]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from drift_jax.data.pairs import TokenizedPair
-from drift_jax.distributed import send_bytes
+from drift_jax.distributed import send
 from drift_jax.errors import StageError
 
 
@@ -46,12 +46,10 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
 def share_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     """`read_ref_logps` of process 0, on every process."""
 
-    def read() -> bytes | None:
-        ref = read_ref_logps(path, pairs)
-        return None if ref is None else np.stack(ref).tobytes()
+    def unpack(data: bytes) -> RefLogps:
+        return RefLogps(*np.frombuffer(data).reshape(2, len(pairs), 2))
 
-    stored = send_bytes(read)
-    return None if stored is None else RefLogps(*np.frombuffer(stored).reshape(2, len(pairs), 2))
+    return send(lambda: read_ref_logps(path, pairs), lambda ref: np.stack(ref).tobytes(), unpack)
 
 
 def _token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:

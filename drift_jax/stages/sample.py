@@ -14,7 +14,7 @@ from rich.console import Console
 from drift_jax.config import RunConfig
 from drift_jax.data.prompts import build_sampling_prompt
 from drift_jax.data.tokenizer import ChatTokenizer
-from drift_jax.distributed import gather, gather_bytes, on_each, on_main
+from drift_jax.distributed import gather, gather_packed, on_each, on_main
 from drift_jax.errors import DataError
 from drift_jax.files import write_json, write_jsonl
 from drift_jax.progress import stage_progress
@@ -84,8 +84,8 @@ def _of_all(mine: list[Any], per_host: bool) -> list[Any]:
 
 def _merge(journals: Journals, records: Sequence[DsatRecord], samples: int, out_dir: Path) -> int:
     """Writes what all hosts have sampled, in the order of the records; the journals can go then."""
-    shares = gather_bytes(json.dumps(list(journals.rows.values())).encode())
-    done = {(row["id"], row["sample"]): row for share in shares for row in json.loads(share)}
+    shares = gather_packed(list(journals.rows.values()), lambda rows: json.dumps(rows).encode(), json.loads)
+    done = {(row["id"], row["sample"]): row for share in shares for row in share}
     keys = [(record.id, sample) for record in records for sample in range(samples)]
     rows = [done[key] for key in keys if key in done]
     on_main(lambda: write_jsonl(out_dir / "completions.jsonl", rows))

@@ -25,7 +25,7 @@ from drift_jax.data.token_cache import (
     write_tokens,
 )
 from drift_jax.data.tokenizer import ChatTokenizer
-from drift_jax.distributed import gather, gather_bytes, on_each, on_main, send_bytes
+from drift_jax.distributed import gather, gather_packed, on_each, on_main, send
 from drift_jax.errors import DataError
 from drift_jax.guards import emptied_warning
 from drift_jax.manifest import config_slice
@@ -118,16 +118,15 @@ def _tokenize_once(
     key = on_main(lambda: token_key(config, path, tokenizer))
     cached = cache_path(cache_dir, path.stem, key)
 
-    def read() -> bytes | None:
+    def read() -> TokenizedRows | None:
         try:
-            rows = read_tokens(cached, key)
+            return read_tokens(cached, key)
         except DataError as error:
             console.print(f"{error}; tokenising again", style="yellow", highlight=False, soft_wrap=True, markup=False)
             return None
-        return None if rows is None else rows_to_bytes(rows)
 
-    if (known := send_bytes(read)) is not None:
-        return rows_from_bytes(known)
+    if (known := send(read, rows_to_bytes, rows_from_bytes)) is not None:
+        return known
     rows = _tokenize(config, path, tokenizer, console)
     on_main(lambda: write_tokens(cached, key, rows))
     return rows
@@ -142,11 +141,11 @@ def _tokenize(config: RunConfig, path: Path, tokenizer: ChatTokenizer, console: 
     ids = [pair for answer in answers for pair in zip(answer["lines"], answer["ids"], strict=True)]
     bad = [(line, why) for answer in answers for line, why in answer["bad"]]
     kept, _ = on_each(lambda: settle_rows(path, config.data.on_bad_row, ids, bad, share.total))
-    tokens = [rows_from_bytes(data).pairs for data in gather_bytes(rows_to_bytes(TokenizedRows(mine, ())))]
+    shares = gather_packed(TokenizedRows(mine, ()), rows_to_bytes, rows_from_bytes)
     by_line, refusals = {}, []
-    for answer, pairs in zip(answers, tokens, strict=True):
+    for answer, tokens in zip(answers, shares, strict=True):
         why = dict(answer["refused"])
-        encoded = iter(pairs)
+        encoded = iter(tokens.pairs)
         for at, line in enumerate(answer["lines"]):
             if at in why:
                 refusals += [(line, why[at])] if line in kept else []
