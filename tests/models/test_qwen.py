@@ -16,12 +16,12 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from drift_jax.config import MeshConfig
+from drift_jax.models.attention import attend_by_xla
 from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.intervals import KeySpans
 from drift_jax.models.logps import Tile, token_logps
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.models.stack import REMAT
-from drift_jax.models.xla import attend_spans
 from drift_jax.sharding import Layout, build_layout, use_layout
 from tests.tiny_models import VOCAB, build_tiny_model
 
@@ -130,7 +130,7 @@ def test_packed_rows_equal_sequences_that_are_alone(model_dir: Path, mistake: st
     graphdef, params = load(model_dir)
     model = nnx.merge(graphdef, params)
     positions, spans, sequences = pack(ids, mistake)
-    packed = np.asarray(model.logits(model.hidden(jnp.asarray(ids)[None], positions, spans, attend=attend_spans)))[0]
+    packed = np.asarray(model.logits(model.hidden(jnp.asarray(ids)[None], positions, spans, attend=attend_by_xla)))[0]
     errors = [np.abs(packed[places] - torch_logits(model_dir, alone[None])[0]).max() for alone, places in sequences]
     assert max(errors) < 1e-4 if not mistake else max(errors) > 1e-2
 

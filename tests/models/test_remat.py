@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drift_jax.models.attention import attend_by_xla
 from drift_jax.models.intervals import KeySpans
 from drift_jax.models.linear import linear
 from drift_jax.models.stack import REMAT, apply_layers
-from drift_jax.models.xla import attend_spans
 
 LENGTHS = {"b": 2, "t": 5, "d": 6, "f": 7, "n": 3, "h": 4}
 
@@ -44,7 +44,7 @@ def test_products_have_the_gradients_of_einsum(equation: str) -> None:
 def block(weights: dict[str, jax.Array], x: jax.Array, context: Any) -> jax.Array:
     """A layer like the model's: attention over spans, then a gated product."""
     heads = [linear("btd,dnh->btnh", x, weights[name]) for name in "qkv"]
-    x = x + linear("btnh,dnh->btd", attend_spans(*heads, context), weights["o"])
+    x = x + linear("btnh,dnh->btd", attend_by_xla(*heads, context), weights["o"])
     wide = jax.nn.silu(linear("btd,df->btf", x, weights["gate"])) * linear("btd,df->btf", x, weights["up"])
     return x + linear("btf,df->btd", wide, weights["down"])
 
