@@ -38,6 +38,22 @@ class StageError(DriftError):
     """A stage of a run cannot start or cannot finish (changed key, full disk, missing input)."""
 
 
+class EndpointError(DriftError):
+    """A server did not answer, or refused a request.
+
+    Args:
+      passing: whether the same request may succeed later (no connection, too many requests, a server's error).
+      status: of the HTTP answer, if there was one.
+      retry_after_s: how long the server asks to be left alone.
+    """
+
+    def __init__(
+        self, message: str, *, passing: bool, status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.passing, self.status, self.retry_after_s = passing, status, retry_after_s
+
+
 class BadRowsError(DataError):
     """Rows of a JSONL file that break the format, collected over the whole file and reported together."""
 

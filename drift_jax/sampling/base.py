@@ -54,6 +54,8 @@ class Completion:
     sample: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    # Of each token, in nats, under the policy as it is: before temperature, top-k and top-p.
+    token_logps: tuple[float, ...]
 
 
 OnBatch = Callable[[list[Completion]], None]

@@ -29,6 +29,7 @@ class _Decoding(NamedTuple):
 
     step: Int[Array, ""]
     tokens: Int[Array, "B M"]
+    logps: Float[Array, "B M"]
     last: Int[Array, "B"]
     done: Bool[Array, "B"]
     cache: KVCache
@@ -46,8 +47,10 @@ def generate(
     ids: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"],
-) -> Int[Array, "B M"]:
-    """Prompts, right-padded to T -> up to M = max_new_tokens new tokens each; after an EOS the row is filled with it.
+) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:
+    """Prompts, right-padded to T -> up to M = max_new_tokens new tokens each, and their log-probs.
+
+    After an EOS the row is filled with it.
 
     Rows of length 0 are padding of the batch: they are done from the start.
     """
@@ -57,14 +60,18 @@ def generate(
     eos = jnp.asarray(sampling.eos_ids, jnp.int32)
     draw = partial(draw_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
-    def next_token(logits: Float[Array, "B V"], step: Int[Array, ""]) -> Int[Array, "B"]:
+    def next_token(logits: Float[Array, "B V"], step: Int[Array, ""]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         logits = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocab_size, logits, -jnp.inf)
-        return draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
+        token = draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
+        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
-    def record(state: _Decoding, token: Int[Array, "B"], step: Int[Array, ""], cache: KVCache) -> _Decoding:
-        token = jnp.where(state.done, state.last, token)
+    def record(
+        state: _Decoding, drawn: tuple[Int[Array, "B"], Float[Array, "B"]], step: Int[Array, ""], cache: KVCache
+    ) -> _Decoding:
+        token = jnp.where(state.done, state.last, drawn[0])
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step))
-        return _Decoding(step + 1, tokens, token, state.done | jnp.isin(token, eos), cache)
+        logps = jax.lax.dynamic_update_slice(state.logps, drawn[1][:, None], (0, step))
+        return _Decoding(step + 1, tokens, logps, token, state.done | jnp.isin(token, eos), cache)
 
     def go_on(state: _Decoding) -> Bool[Array, ""]:
         return (state.step < sampling.max_new_tokens) & ~jnp.all(state.done)
@@ -80,9 +87,10 @@ def generate(
     last_hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     zero = jnp.zeros((), jnp.int32)
     empty = jnp.full((rows, sampling.max_new_tokens), eos[0])
-    start = _Decoding(zero, empty, jnp.full(rows, eos[0]), lengths == 0, cache)
+    start = _Decoding(zero, empty, jnp.zeros(empty.shape), jnp.full(rows, eos[0]), lengths == 0, cache)
     first = record(start, next_token(model.logits(last_hidden), zero), zero, cache)
-    return jax.lax.while_loop(go_on, decode_one, first).tokens
+    ended = jax.lax.while_loop(go_on, decode_one, first)
+    return ended.tokens, ended.logps
 
 
 @final
@@ -138,18 +146,20 @@ class LocalSampler(Sampler):
         with use_layout(layout):
             by_row = build_sharding(layout, ("batch", None), ids.shape, "prompts")
             one = build_sharding(layout, ("batch",), lengths.shape, "prompts")
-            tokens = self.jitted_generate(
+            tokens, logps = self.jitted_generate(
                 self.policy.params,
                 params,
                 put(ids, by_row),
                 put(lengths, one),
                 row_keys(params.seed, put(words, by_row)),
             )
-        return [_completion(r, row, params) for r, row in zip(requests, np.asarray(tokens), strict=False)]
+        rows = zip(requests, np.asarray(tokens), np.asarray(logps), strict=False)
+        return [_completion(*row, params) for row in rows]
 
 
-def _completion(request: SampleRequest, row: np.ndarray, params: SamplingParams) -> Completion:
+def _completion(request: SampleRequest, row: np.ndarray, logps: np.ndarray, params: SamplingParams) -> Completion:
     ended = np.flatnonzero(np.isin(row, params.eos_ids))
-    if len(ended):
-        return Completion(request.row_id, request.sample, tuple(row[: ended[0] + 1].tolist()), "stop")
-    return Completion(request.row_id, request.sample, tuple(row.tolist()), "length")
+    length = ended[0] + 1 if len(ended) else len(row)
+    reason = "stop" if len(ended) else "length"
+    ids, token_logps = tuple(row[:length].tolist()), tuple(logps[:length].tolist())
+    return Completion(request.row_id, request.sample, ids, reason, token_logps)
