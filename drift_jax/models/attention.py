@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.errors import ConfigError
 from drift_jax.models import splash, triton, xla
@@ -71,6 +71,32 @@ def attend_by_xla(
 ) -> Float[Array, "B T N H"]:
     """Attention over packed rows in plain XLA, on every device for what it has."""
     return attend_per_device(xla.attend_part, query, key, value, xla.place_spans(seen))
+
+
+def attend_one(
+    query: Float[Array, "B 1 N H"],
+    key: Float[Array, "B 1 K H"],
+    value: Float[Array, "B 1 K H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    lengths: Int[Array, " B"],
+) -> Float[Array, "B 1 N H"]:
+    """Grouped-query attention of one token a row over the first `lengths` of the row's keys, and over its own.
+
+    The token's own key and value are not among `keys` yet, so that nothing is written while layers are computed.
+    """
+    batch, _, heads, dim = query.shape
+    kv_heads, slots = keys.shape[1:3]
+    rows = (query * dim**-0.5).reshape(batch, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bkgh,bksh->bkgs", rows, keys, preferred_element_type=jnp.float32)
+    own = jnp.einsum("bkgh,bkh->bkg", rows, key[:, 0], preferred_element_type=jnp.float32)
+    scores = jnp.where(jnp.arange(slots) < lengths[:, None, None, None], scores, _MASKED)
+    largest = jnp.maximum(scores.max(axis=-1), own)
+    weights, own = jnp.exp(scores - largest[..., None]), jnp.exp(own - largest)
+    mixed = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = mixed + own[..., None] * value.astype(jnp.float32).reshape(batch, kv_heads, 1, dim)
+    mixed = mixed / (weights.sum(axis=-1) + own)[..., None]
+    return mixed.astype(value.dtype).reshape(query.shape)
 
 
 # --- back ends ---------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
-from drift_jax.models.attention import attend
+from drift_jax.models.attention import attend, attend_one
 from drift_jax.models.linear import linear
 from drift_jax.models.norms import rms_norm
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
@@ -29,18 +29,6 @@ HfDims = tuple[tuple[str, ...], ...]
 
 # Attention over packed rows: (query, key, value, which keys each query sees) -> mixed values.
 Attend = Callable[..., Float[Array, "B T N H"]]
-
-
-class KVCache(NamedTuple):
-    """Keys and values of all layers; S slots per sequence."""
-
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
-
-
-def init_cache(config: QwenConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def _weight(
@@ -175,20 +163,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B 1 D"],
         rope: Rope,
-        cache: KVCache,
-        layer: Int[Array, ""],
-        slot: Int[Array, ""],
-        mask: Bool[Array, "B 1 S"],
-    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        lengths: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 D"], tuple[Float[Array, "B 1 K H"], Float[Array, "B 1 K H"]]]:
+        """One more token of each row, behind the first `lengths` of its keys; and the token's own key and value."""
         query, key, value = self.attention.project_all(rms_norm(x, self.attention_norm[...], self.eps), rope)
-        at = (layer, jnp.zeros_like(layer), slot, jnp.zeros_like(layer), jnp.zeros_like(layer))
-        cache = KVCache(
-            jax.lax.dynamic_update_slice(cache.keys, key[None], at),
-            jax.lax.dynamic_update_slice(cache.values, value[None], at),
-        )
-        keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-        values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-        return self.finish(x, attend(query, keys, values, mask)), cache
+        return self.finish(x, attend_one(query, key, value, keys, values, lengths)), (key, value)
 
 
 @final
@@ -249,40 +230,13 @@ class Qwen(nnx.Module):
         x: Any = apply_layers(layer, remat, nnx.to_pure_dict(stacked), grads["blocks"], x, (rope, seen), scan)
         return rms_norm(x, track(self.norm[...], grads["norm"]), self.config.norm_eps)
 
-    def prefill(self, ids: Int[Array, "B T"], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Hidden states of right-padded prompts, and a cache of `slots` >= T slots that holds them in slots 0..T-1."""
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        rope = build_rope(positions, self.config.head_dim, self.config.rope_theta)
-        graphdef, stacked = nnx.split(self.blocks)
+    def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer takes."""
+        return self._embed(ids)
 
-        def layer(x: Array, weights: nnx.State) -> tuple[Array, tuple[Array, Array]]:
-            return nnx.merge(graphdef, weights)(x, rope)
-
-        x, (keys, values) = jax.lax.scan(layer, self._embed(ids), stacked)
-        pad = ((0, 0), (0, 0), (0, slots - ids.shape[1]), (0, 0), (0, 0))
-        cache = KVCache(jnp.pad(keys, pad), jnp.pad(values, pad))
-        return rms_norm(x, self.norm[...], self.config.norm_eps), cache
-
-    def decode(
-        self,
-        ids: Int[Array, "B"],
-        positions: Int[Array, "B"],
-        cache: KVCache,
-        slot: Int[Array, ""],
-        mask: Bool[Array, "B S"],
-    ) -> tuple[Float[Array, "B D"], KVCache]:
-        """One token per row: writes cache slot `slot` and attends where `mask` is True (its own slot included)."""
-        rope = build_rope(positions[:, None], self.config.head_dim, self.config.rope_theta)
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def layer(carry: tuple[Array, KVCache], xs: tuple[nnx.State, Array]) -> tuple[tuple[Array, KVCache], None]:
-            weights, index = xs
-            x, new_cache = nnx.merge(graphdef, weights).decode(*carry[:1], rope, carry[1], index, slot, mask[:, None])
-            return (x, new_cache), None
-
-        start = (self._embed(ids[:, None]), cache)
-        (x, cache), _ = jax.lax.scan(layer, start, (stacked, jnp.arange(self.config.layers)))
-        return rms_norm(x[:, 0], self.norm[...], self.config.norm_eps), cache
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """From what the last layer gives to the final hidden states."""
+        return rms_norm(x, self.norm[...], self.config.norm_eps)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits. For training use `token_logps`: this one holds all of them."""

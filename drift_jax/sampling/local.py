@@ -1,7 +1,9 @@
-"""The sampler in JAX: batched prefill, then a decode loop that stays on the device until every row has ended.
+"""The sampler in JAX: continuous batching over the slots of a KV cache.
 
-Rows of a batch have prompts of the same bucket of lengths and fill it from the left; generated tokens go to the
-slots after the bucket, so all rows write the same slot. The empty slots in between are masked.
+Prompts are packed into rows of tokens and computed together, without their last token. That one is the first that the
+decoding loop takes, so all drawing happens there. The loop stays on the device until enough rows have ended for others
+to take their slots; what a row draws depends on its own key and place only, so neither neighbours nor the slot matter.
+The cache begins with the room that the shortest prompts need, and grows in few steps.
 """
 
 from __future__ import annotations
@@ -13,153 +15,248 @@ from typing import Any, NamedTuple, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from drift_jax.errors import ModelError
+from drift_jax.models.attention import resolve_attention
+from drift_jax.models.decoding import KVCache, copy_slots, decode, grow_cache, init_cache, insert, prefill, split_layers
 from drift_jax.models.policy import Policy, bind
-from drift_jax.models.qwen import KVCache
 from drift_jax.sampling.base import Completion, OnBatch, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.draw import draw_tokens, row_keys, row_words
-from drift_jax.sharding import build_sharding, check_sampling_batch, put, replicated, use_layout
+from drift_jax.sampling.slots import Admission, SlotTable, round_length
+from drift_jax.sharding import check_sampling_batch, put, replicated, use_layout
 
-_SHORTEST_BUCKET = 64
+_BUDGET = 1024  # tokens of packed prompts a device at a time
+_STEPS = 64  # tokens a row between two looks of the host, at most
+_REFILL = 8  # slots are refilled when one in so many is free
 
 
-class _Decoding(NamedTuple):
-    """State of the decode loop; `tokens` are the new ones."""
+class Rows(NamedTuple):
+    """What is known of each row of the cache; M is the most tokens a completion can have."""
 
-    step: Int[Array, ""]
+    lengths: Int[Array, " B"]  # tokens in the cache
+    last: Int[Array, " B"]  # the token that is not in it yet
+    made: Int[Array, " B"]  # tokens drawn
+    done: Bool[Array, " B"]
+    words: UInt32[Array, "B 2"]
     tokens: Int[Array, "B M"]
     logps: Float[Array, "B M"]
-    last: Int[Array, "B"]
-    done: Bool[Array, "B"]
+
+
+class DrawRule(NamedTuple):
+    """What of `SamplingParams` is part of the program."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+
+
+def init_rows(rows: int, most: int) -> Rows:
+    """Rows that nothing is drawn for."""
+    zeros = jnp.zeros(rows, jnp.int32)
+    words = jnp.zeros((rows, 2), jnp.uint32)
+    tokens = jnp.zeros((rows, most), jnp.int32)
+    return Rows(zeros, zeros, zeros, jnp.ones(rows, bool), words, tokens, jnp.zeros((rows, most), jnp.float32))
+
+
+def admit_rows(
+    rows: Rows, fresh: Bool[Array, " B"], lengths: Int[Array, " B"], last: Int[Array, " B"], words: UInt32[Array, "B 2"]
+) -> Rows:
+    """The rows with new requests where `fresh`."""
+    return rows._replace(
+        lengths=jnp.where(fresh, lengths, rows.lengths),
+        last=jnp.where(fresh, last, rows.last),
+        made=jnp.where(fresh, 0, rows.made),
+        done=rows.done & ~fresh,
+        words=jnp.where(fresh[:, None], words, rows.words),
+    )
+
+
+class _Loop(NamedTuple):
+    step: Int[Array, ""]
+    rows: Rows
     cache: KVCache
-
-
-def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt: the next power of two, at least 64. Few lengths mean few compilations."""
-    return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def generate(
     graphdef: Any,
+    rule: DrawRule,
     params: dict[str, Any],
-    sampling: SamplingParams,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    keys: Key[Array, "B"],
-) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:
-    """Prompts, right-padded to T -> up to M = max_new_tokens new tokens each, and their log-probs.
+    seed: Int[Array, ""],
+    rows: Rows,
+    cache: KVCache,
+    stop_at: Int[Array, ""],
+) -> tuple[Rows, KVCache]:
+    """Draws tokens for all rows that are not done, until `stop_at` rows are, or the cache or the host's turn is up."""
+    keys = row_keys(seed, rows.words)
+    eos = jnp.asarray(rule.eos_ids, jnp.int32)
+    most = rows.tokens.shape[1]
+    slots = cache.slots
 
-    After an EOS the row is filled with it.
+    def go_on(loop: _Loop) -> Bool[Array, ""]:
+        rows = loop.rows
+        room = jnp.all(rows.done | (rows.lengths < slots))
+        return (loop.step < _STEPS) & (rows.done.sum() < stop_at) & room
 
-    Rows of length 0 are padding of the batch: they are done from the start.
-    """
-    model = bind(graphdef, params)
-    rows, width = ids.shape
-    slots = width + sampling.max_new_tokens
-    eos = jnp.asarray(sampling.eos_ids, jnp.int32)
-    draw = partial(draw_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    def draw_one(loop: _Loop) -> _Loop:
+        rows, live = loop.rows, ~loop.rows.done
+        logits, cache = decode(graphdef, params, loop.cache, rows.last, rows.lengths)
+        logits = jnp.where(jnp.arange(logits.shape[1]) < rule.vocab_size, logits, -jnp.inf)
+        of_token = jax.vmap(jax.random.fold_in)(keys, rows.made)
+        drawn = draw_tokens(logits, of_token, rule.temperature, rule.top_k, rule.top_p)
+        at = (jnp.arange(len(live)), jnp.where(live, rows.made, most))  # what has no place is not written
+        made = rows.made + live
+        return _Loop(
+            loop.step + 1,
+            rows._replace(
+                lengths=rows.lengths + live,
+                last=jnp.where(live, drawn.ids, rows.last),
+                made=made,
+                done=rows.done | jnp.isin(drawn.ids, eos) | (made >= most),
+                tokens=rows.tokens.at[at].set(drawn.ids, mode="drop"),
+                logps=rows.logps.at[at].set(drawn.logps, mode="drop"),
+            ),
+            cache,
+        )
 
-    def next_token(logits: Float[Array, "B V"], step: Int[Array, ""]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocab_size, logits, -jnp.inf)
-        token = draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
-        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-
-    def record(
-        state: _Decoding, drawn: tuple[Int[Array, "B"], Float[Array, "B"]], step: Int[Array, ""], cache: KVCache
-    ) -> _Decoding:
-        token = jnp.where(state.done, state.last, drawn[0])
-        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step))
-        logps = jax.lax.dynamic_update_slice(state.logps, drawn[1][:, None], (0, step))
-        return _Decoding(step + 1, tokens, logps, token, state.done | jnp.isin(token, eos), cache)
-
-    def go_on(state: _Decoding) -> Bool[Array, ""]:
-        return (state.step < sampling.max_new_tokens) & ~jnp.all(state.done)
-
-    def decode_one(state: _Decoding) -> _Decoding:
-        index = jnp.arange(slots)
-        slot = width + state.step - 1
-        mask = (index < lengths[:, None]) | ((index >= width) & (index <= slot))
-        hidden, cache = model.decode(state.last, lengths + state.step - 1, state.cache, slot, mask)
-        return record(state, next_token(model.logits(hidden), state.step), state.step, cache)
-
-    hidden, cache = model.prefill(ids, slots)
-    last_hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    zero = jnp.zeros((), jnp.int32)
-    empty = jnp.full((rows, sampling.max_new_tokens), eos[0])
-    start = _Decoding(zero, empty, jnp.zeros(empty.shape), jnp.full(rows, eos[0]), lengths == 0, cache)
-    first = record(start, next_token(model.logits(last_hidden), zero), zero, cache)
-    ended = jax.lax.while_loop(go_on, decode_one, first)
-    return ended.tokens, ended.logps
+    ended = jax.lax.while_loop(go_on, draw_one, _Loop(jnp.int32(0), rows, cache))
+    return ended.rows, ended.cache
 
 
 @final
 class LocalSampler(Sampler):
-    """Samples with the policy's weights in this process."""
+    """Samples with the policy's weights in this process.
+
+    Args:
+      batch_size: rows decoded together; the slots of the cache.
+    """
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
         check_sampling_batch(policy.layout, batch_size)
-        self.ways = policy.layout.ways("batch")
-        self.policy = policy
-        self.batch_size = batch_size
-        # Every process of the mesh reads all tokens.
+        self.policy, self.batch_size = policy, batch_size
+        self.parts = policy.layout.ways("batch")
+        self.stacked = policy.layout.platform == "tpu"
+        graphdef, backend = policy.graphdef, resolve_attention("auto", policy.layout.platform)
+        # Every process of the mesh reads what was drawn.
         everywhere = replicated(policy.layout)
-        self.jitted_generate = jax.jit(partial(generate, policy.graphdef), static_argnums=1, out_shardings=everywhere)
+        self.jitted_prefill = jax.jit(partial(prefill, backend, graphdef))
+        self.jitted_insert = jax.jit(insert, donate_argnums=0)
+        self.jitted_copy = jax.jit(copy_slots, donate_argnums=0)
+        self.jitted_grow = jax.jit(grow_cache, static_argnums=1)
+        self.jitted_admit = jax.jit(admit_rows, donate_argnums=0, out_shardings=everywhere)
+        self.jitted_generate = jax.jit(
+            partial(generate, graphdef), static_argnums=0, donate_argnums=(3, 4), out_shardings=(everywhere, None)
+        )
+        self._params: dict[str, Any] | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The weights as the programs take them."""
+        if self._params is None:
+            self._params = self.policy.params if self.stacked else split_layers(self.policy.params)
+        return self._params
 
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, on_batch: OnBatch | None = None
     ) -> list[Completion]:
         requests = list(requests)
-        # Rows are grouped by bucket, shortest first: which rows share a batch changes no row's tokens.
-        order = sorted(range(len(requests)), key=lambda i: prompt_bucket(len(requests[i].prompt_ids)))
-        done: dict[int, Completion] = {}
-        for group in self._batches(requests, order):
-            completions = self._sample_batch([requests[i] for i in group], params)
-            done |= dict(zip(group, completions, strict=True))
-            if on_batch is not None:
-                on_batch(completions)
-        return [done[i] for i in range(len(requests))]
+        if not requests:
+            return []
+        done: dict[tuple[str, int], Completion] = {}
+        with use_layout(self.policy.layout):
+            for completions in _Session(self, requests, params).run():
+                done |= {(c.row_id, c.sample): c for c in completions}
+                if on_batch is not None:
+                    on_batch(completions)
+        return [done[request.row_id, request.sample] for request in requests]
 
-    def _batches(self, requests: list[SampleRequest], order: list[int]) -> Iterable[list[int]]:
-        group: list[int] = []
-        for i in order:
-            bucket = prompt_bucket(len(requests[i].prompt_ids))
-            if group and (len(group) == self.batch_size or bucket != prompt_bucket(len(requests[group[0]].prompt_ids))):
-                yield group
-                group = []
-            group.append(i)
-        if group:
-            yield group
 
-    def _sample_batch(self, requests: list[SampleRequest], params: SamplingParams) -> list[Completion]:
-        width = prompt_bucket(max(len(r.prompt_ids) for r in requests))
-        # The last batch of a bucket is often small; a power of two keeps the number of compiled shapes low.
-        rows = min(self.batch_size, self.ways * (1 << (-(-len(requests) // self.ways) - 1).bit_length()))
-        ids = np.zeros((rows, width), np.int32)
-        lengths = np.zeros(rows, np.int32)
-        words = np.zeros((rows, 2), np.uint32)
-        words[: len(requests)] = row_words((r.row_id, r.sample) for r in requests)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.prompt_ids)] = request.prompt_ids
-            lengths[row] = len(request.prompt_ids)
-        layout = self.policy.layout
-        with use_layout(layout):
-            by_row = build_sharding(layout, ("batch", None), ids.shape, "prompts")
-            one = build_sharding(layout, ("batch",), lengths.shape, "prompts")
-            tokens, logps = self.jitted_generate(
-                self.policy.params,
-                params,
-                put(ids, by_row),
-                put(lengths, one),
-                row_keys(params.seed, put(words, by_row)),
+@final
+class _Session:
+    """One call of `sample`: the cache, the rows and who has them."""
+
+    def __init__(self, sampler: LocalSampler, requests: list[SampleRequest], params: SamplingParams) -> None:
+        self.sampler, self.sampling = sampler, params
+        self.rule = DrawRule(params.temperature, params.top_k, params.top_p, params.eos_ids, params.vocab_size)
+        self.table = SlotTable(requests, sampler.parts, sampler.batch_size // sampler.parts, _BUDGET)
+        self.everywhere = replicated(sampler.policy.layout)
+        make = jax.jit(init_rows, static_argnums=(0, 1), out_shardings=self.everywhere)
+        self.rows = make(sampler.batch_size, params.max_new_tokens)
+        self.cache: KVCache | None = None
+        self.lengths = np.zeros(sampler.batch_size, np.int64)  # as the device has them
+
+    def run(self) -> Iterable[list[Completion]]:
+        while self.table.waiting or self.table.running:
+            while (admission := self.table.admit()) is not None:
+                self._admit(admission)
+            self._make_room(1)
+            idle = self.table.rows - len(self.table.running)
+            enough = idle + max(1, self.table.rows // _REFILL) if self.table.waiting else self.table.rows
+            self.rows, self.cache = self.sampler.jitted_generate(
+                self.rule,
+                self.sampler.params,
+                self._put(np.int32(self.sampling.seed)),
+                self.rows,
+                self.cache,
+                self._put(np.int32(enough)),
             )
-        rows = zip(requests, np.asarray(tokens), np.asarray(logps), strict=False)
-        return [_completion(*row, params) for row in rows]
+            if completions := self._collect():
+                yield completions
+
+    def _put(self, array: np.ndarray | np.generic) -> Array:
+        return put(array, self.everywhere)
+
+    def _admit(self, admission: Admission) -> None:
+        """Prompts into the cache, and the rows that decode them."""
+        fresh, last, words = (np.zeros(self.table.rows, kind) for kind in (bool, np.int32, np.uint32))
+        words = np.zeros((self.table.rows, 2), np.uint32)
+        for slot, request in admission.requests.items():
+            fresh[slot], last[slot] = True, request.prompt_ids[-1]
+            self.lengths[slot] = len(request.prompt_ids) - 1
+            words[slot] = row_words([(request.row_id, request.sample)])[0]
+        self._make_room(0)
+        sampler, lengths = self.sampler, self.lengths.astype(np.int32)
+        self.rows = sampler.jitted_admit(self.rows, *map(self._put, (fresh, lengths, last, words)))
+        if admission.inserts:
+            prompts = sampler.jitted_prefill(sampler.params, *map(self._put, (admission.ids, admission.positions)))
+            where = map(self._put, (admission.slots, admission.starts, np.int32(admission.inserts)))
+            self.cache = sampler.jitted_insert(self.cache, prompts, *where)
+        if admission.copies:
+            which = map(self._put, (admission.sources, admission.targets, np.int32(admission.copies)))
+            self.cache = sampler.jitted_copy(self.cache, *which)
+
+    def _make_room(self, tokens: int) -> None:
+        """Lets the cache have room for so many more tokens of every running row."""
+        needed = round_length(int(max(self.lengths[slot] for slot in self.table.running)) + tokens)
+        sampler = self.sampler
+        if self.cache is None:
+            config, dtype = sampler.policy.config, bind(sampler.policy.graphdef, sampler.policy.params).dtype
+            make = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4))
+            self.cache = make(config, self.table.rows, needed, dtype, sampler.stacked)
+        elif self.cache.slots < needed:
+            self.cache = sampler.jitted_grow(self.cache, needed)
+
+    def _collect(self) -> list[Completion]:
+        """The completions of rows that have ended since; their slots are free then."""
+        done, made, lengths = (np.asarray(x) for x in (self.rows.done, self.rows.made, self.rows.lengths))
+        self.lengths = lengths.astype(np.int64)
+        ended = [slot for slot in self.table.running if done[slot]]
+        if not ended:
+            return []
+        tokens, logps = np.asarray(self.rows.tokens), np.asarray(self.rows.logps)
+        return [
+            _completion(self.table.release(slot), tokens[slot, : made[slot]], logps[slot, : made[slot]], self.sampling)
+            for slot in ended
+        ]
 
 
-def _completion(request: SampleRequest, row: np.ndarray, logps: np.ndarray, params: SamplingParams) -> Completion:
-    ended = np.flatnonzero(np.isin(row, params.eos_ids))
-    length = ended[0] + 1 if len(ended) else len(row)
-    reason = "stop" if len(ended) else "length"
-    ids, token_logps = tuple(row[:length].tolist()), tuple(logps[:length].tolist())
-    return Completion(request.row_id, request.sample, ids, reason, token_logps)
+def _completion(request: SampleRequest, ids: np.ndarray, logps: np.ndarray, params: SamplingParams) -> Completion:
+    if not np.isfinite(logps).all():
+        raise ModelError(
+            f"the policy's logits for row {request.row_id!r} are not finite: its weights are damaged, or too large for "
+            "sampling.compute_dtype. Sample with float32, or from the checkpoint before."
+        )
+    reason = "stop" if ids[-1] in params.eos_ids else "length"
+    return Completion(request.row_id, request.sample, tuple(ids.tolist()), reason, tuple(logps.tolist()))

@@ -14,7 +14,8 @@ from drift_jax.config import MeshConfig
 from drift_jax.errors import ConfigError
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
-from drift_jax.sampling.local import LocalSampler, prompt_bucket
+from drift_jax.sampling.local import LocalSampler
+from drift_jax.sampling.slots import round_length
 from drift_jax.sharding import build_layout
 from tests.tiny_models import VOCAB, build_tiny_model
 
@@ -113,4 +114,4 @@ def test_batch_that_the_mesh_cannot_split(model_dir: Path) -> None:
 
 
 def test_buckets() -> None:
-    assert [prompt_bucket(n) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
+    assert [round_length(n) for n in (1, 128, 129, 300, 400, 600, 1000)] == [128, 128, 256, 384, 512, 768, 1024]
