@@ -75,28 +75,20 @@ def attend_by_xla(
 
 def attend_one(
     query: Float[Array, "B 1 N H"],
-    key: Float[Array, "B 1 K H"],
-    value: Float[Array, "B 1 K H"],
-    keys: Float[Array, "B K S H"],
+    keys: Float[Array, "B K H S"],
     values: Float[Array, "B K S H"],
     lengths: Int[Array, " B"],
 ) -> Float[Array, "B 1 N H"]:
-    """Grouped-query attention of one token a row over the first `lengths` of the row's keys, and over its own.
-
-    The token's own key and value are not among `keys` yet, so that nothing is written while layers are computed.
-    """
+    """Grouped-query attention of one token a row over the first `lengths` of the row's keys, softmax in float32."""
     batch, _, heads, dim = query.shape
-    kv_heads, slots = keys.shape[1:3]
+    kv_heads, slots = values.shape[1:3]
     rows = (query * dim**-0.5).reshape(batch, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bkgh,bksh->bkgs", rows, keys, preferred_element_type=jnp.float32)
-    own = jnp.einsum("bkgh,bkh->bkg", rows, key[:, 0], preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgh,bkhs->bkgs", rows, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.arange(slots) < lengths[:, None, None, None], scores, _MASKED)
-    largest = jnp.maximum(scores.max(axis=-1), own)
-    weights, own = jnp.exp(scores - largest[..., None]), jnp.exp(own - largest)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     mixed = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    mixed = mixed + own[..., None] * value.astype(jnp.float32).reshape(batch, kv_heads, 1, dim)
-    mixed = mixed / (weights.sum(axis=-1) + own)[..., None]
-    return mixed.astype(value.dtype).reshape(query.shape)
+    mixed = mixed / weights.sum(axis=-1)[..., None]
+    return mixed.astype(query.dtype).reshape(query.shape)
 
 
 # --- back ends ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ it, which doubles what a step reads; TPU's does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -22,17 +23,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
-from drift_jax.models.attention import AttentionBackend
+from drift_jax.models.attention import AttentionBackend, attend_one
 from drift_jax.models.intervals import KeyIntervals, KeySpans
 from drift_jax.models.policy import bind
-from drift_jax.models.qwen import Block, Qwen, build_rope
-from drift_jax.sharding import Dims, constrain
+from drift_jax.models.qwen import Qwen, build_rope
+from drift_jax.sharding import Dims, Layout, build_sharding, constrain
 
-CACHE_DIMS: Dims = ("batch", "kv_heads", None, "head_dim")
+# The last dim of both is the one that the product with them does not sum over: no compiler turns them round then.
+KEY_DIMS: Dims = ("batch", "kv_heads", "head_dim", None)
+VALUE_DIMS: Dims = ("batch", "kv_heads", None, "head_dim")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of B rows with room for S tokens each: an array per layer [B K S H], or one [L B K S H]."""
+    """Keys [B K H S] and values [B K S H] of B rows with room for S tokens each: an array per layer, or one [L ...]."""
 
     keys: Any
     values: Any
@@ -40,29 +43,69 @@ class KVCache(NamedTuple):
     @property
     def slots(self) -> int:
         """Tokens that a row has room for."""
-        return jax.tree.leaves(self.keys)[0].shape[-2]
+        return jax.tree.leaves(self.keys)[0].shape[-1]
+
+    @staticmethod
+    def placed(keys: Any, values: Any) -> KVCache:
+        """Split over the mesh in force."""
+        return KVCache(jax.tree.map(partial(_place, KEY_DIMS), keys), jax.tree.map(partial(_place, VALUE_DIMS), values))
+
+
+def _place(dims: Dims, x: Array) -> Array:
+    return constrain(x, *(dims if x.ndim == len(dims) else (None, *dims)))
+
+
+# Weights that `split_layers` stores in another order of dims, and that order: a product that sums over the last dims of
+# its weights makes CPU's compiler turn them round in every step.
+_TURNED = {("attention", "o"): (1, 2, 0)}
 
 
 def split_layers(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters with an array per layer, in place of stacks. What they were split from is not changed."""
     stacked = params["blocks"]
     count = len(jax.tree.leaves(stacked)[0])
-    unstack = jax.jit(lambda x: tuple(x[i] for i in range(count)))
-    leaves, structure = jax.tree.flatten(stacked)
-    split = [unstack(leaf) for leaf in leaves]  # one parameter at a time: it is twice in memory
-    layers = tuple(jax.tree.unflatten(structure, [leaf[i] for leaf in split]) for i in range(count))
+
+    def unstack(path: tuple[Any, ...], leaf: Array) -> tuple[Array, ...]:  # one at a time: it is twice in memory
+        order = _TURNED.get(tuple(key.key for key in path))
+        return jax.jit(lambda x: tuple(x[i] if order is None else x[i].transpose(order) for i in range(count)))(leaf)
+
+    split = jax.tree_util.tree_map_with_path(unstack, stacked)
+    layers = tuple(jax.tree.map(itemgetter(i), split, is_leaf=lambda node: type(node) is tuple) for i in range(count))
     return {**params, "blocks": layers}
 
 
+def _turn_back(weights: dict[str, Any]) -> dict[str, Any]:
+    """A layer of `split_layers` as declared; the compiler makes it a part of the product."""
+    weights = {part: dict(own) if isinstance(own, dict) else own for part, own in weights.items()}
+    for (part, name), order in _TURNED.items():
+        back = [order.index(dim) for dim in range(len(order))]
+        weights[part][name] = weights[part][name].transpose(back)
+    return weights
+
+
 def init_cache(config: QwenConfig, rows: int, slots: int, dtype: DTypeLike, stacked: bool) -> KVCache:
-    shape = (rows, config.kv_heads, slots, config.head_dim)
+    sizes = {"batch": rows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, None: slots}
 
-    def empty() -> Any:
+    def empty(dims: Dims) -> Any:
+        shape = tuple(sizes[dim] for dim in dims)
         if stacked:
-            return constrain(jnp.zeros((config.layers, *shape), dtype), None, *CACHE_DIMS)
-        return tuple(constrain(jnp.zeros(shape, dtype), *CACHE_DIMS) for _ in range(config.layers))
+            return jnp.zeros((config.layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
 
-    return KVCache(empty(), empty())
+    return KVCache.placed(empty(KEY_DIMS), empty(VALUE_DIMS))
+
+
+def cache_shardings(config: QwenConfig, layout: Layout, rows: int, stacked: bool) -> KVCache:
+    """How a cache lies on the mesh, whatever room it has. Raises `ConfigError` where the rows cannot be split."""
+
+    def place(dims: Dims) -> Any:
+        sizes = {"batch": rows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, None: 1}
+        shape = tuple(sizes[dim] for dim in dims)
+        if stacked:
+            return build_sharding(layout, (None, *dims), (config.layers, *shape), "KV cache")
+        return (build_sharding(layout, dims, shape, "KV cache"),) * config.layers
+
+    return KVCache(place(KEY_DIMS), place(VALUE_DIMS))
 
 
 def cache_bytes(config: QwenConfig, slots: int, dtype: DTypeLike) -> int:
@@ -73,16 +116,12 @@ def cache_bytes(config: QwenConfig, slots: int, dtype: DTypeLike) -> int:
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The same rows with room for more tokens."""
 
-    def grow(x: Array) -> Array:
+    def grow(axis: int, x: Array) -> Array:
         width = [(0, 0)] * x.ndim
-        width[-2] = (0, slots - x.shape[-2])
-        return _place(jnp.pad(x, width))
+        width[axis] = (0, slots - x.shape[axis])
+        return jnp.pad(x, width)
 
-    return jax.tree.map(grow, cache)
-
-
-def _place(x: Array) -> Array:
-    return constrain(x, *(CACHE_DIMS if x.ndim == 4 else (None, *CACHE_DIMS)))
+    return KVCache.placed(*(jax.tree.map(partial(grow, axis), x) for axis, x in zip((-1, -2), cache, strict=True)))
 
 
 def _bind(graphdef: Any, params: dict[str, Any]) -> tuple[Qwen, Any]:
@@ -92,25 +131,6 @@ def _bind(graphdef: Any, params: dict[str, Any]) -> tuple[Qwen, Any]:
     return model, nnx.split(model.blocks)[0]
 
 
-def _through_layers(code: Any, blocks: Any, x: Array, caches: Any, step: Any) -> tuple[Array, Any]:
-    """`step(layer, x, what belongs to it of caches) -> (x, kept)` through all layers; what is kept of each, alike."""
-    if isinstance(blocks, tuple):
-        kept = []
-        for i, weights in enumerate(blocks):
-            x, of_layer = step(nnx.merge(code, weights), x, jax.tree.map(itemgetter(i), caches, is_leaf=_is_tuple))
-            kept.append(of_layer)
-        return x, jax.tree.map(lambda *leaves: leaves, *kept)
-
-    def one(x: Array, xs: tuple[Any, Any]) -> tuple[Array, Any]:
-        return step(nnx.merge(code, xs[0]), x, xs[1])
-
-    return jax.lax.scan(one, x, (blocks, caches))
-
-
-def _is_tuple(node: Any) -> bool:
-    return type(node) is tuple
-
-
 def decode(
     graphdef: Any,
     params: dict[str, Any],
@@ -118,7 +138,7 @@ def decode(
     ids: Int[Array, " B"],
     lengths: Int[Array, " B"],
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits behind one more token of each row, and the cache with that token's keys and values.
+    """Logits behind one more token of each row, and the cache with that token's key and value.
 
     Args:
       lengths: tokens of each row that the cache holds; the new one goes to that place. A row that is full (`lengths` is
@@ -127,19 +147,57 @@ def decode(
     model, code = _bind(graphdef, params)
     rope = build_rope(lengths[:, None], model.config.head_dim, model.config.rope_theta)
 
-    def step(layer: Block, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        x, own = layer.decode(x, rope, cache.keys, cache.values, lengths)
-        return x, KVCache(*own)
+    def go_through(weights: Any, x: Array, cache: KVCache, layer: tuple[Array, ...]) -> tuple[Array, KVCache]:
+        """`layer`: the index of the layer in a cache that holds all of them, or nothing."""
+        written: list[KVCache] = []
 
-    x, new = _through_layers(code, params["blocks"], model.embed_tokens(ids[:, None]), cache, step)
-    rows = jnp.arange(len(ids))
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            written.append(_write_token(cache, key[:, 0], value[:, 0], lengths, layer))
+            own = (jax.lax.dynamic_index_in_dim(x, *layer, keepdims=False) if layer else x for x in written[0])
+            return attend_one(query, *own, lengths + 1)
 
-    def write(old: Array, token: Array) -> Array:
-        if old.ndim == 4:
-            return _place(old.at[rows, :, lengths].set(token[:, 0]))
-        return _place(old.at[:, rows, :, lengths].set(token[:, :, 0].swapaxes(0, 1)))
+        x, _ = nnx.merge(code, weights)(x, rope, attend)
+        return x, written[0]
 
-    return model.logits(model.finish(x)[:, 0]), jax.tree.map(write, cache, new)
+    x, blocks = model.embed_tokens(ids[:, None]), params["blocks"]
+    if isinstance(blocks, tuple):
+        layers = []
+        for weights, *own in zip(blocks, *cache, strict=True):
+            x, kept = go_through(_turn_back(weights), x, KVCache(*own), ())
+            layers.append(kept)
+        cache = KVCache(*map(tuple, zip(*layers, strict=True)))
+    else:
+
+        def one(carry: tuple[Array, KVCache], xs: tuple[Any, Array]) -> tuple[tuple[Array, KVCache], None]:
+            return go_through(xs[0], *carry, (xs[1],)), None
+
+        (x, cache), _ = jax.lax.scan(one, (x, cache), (blocks, jnp.arange(model.config.layers)))
+    return model.logits(model.finish(x)[:, 0]), cache
+
+
+def _write_token(
+    cache: KVCache,
+    key: Float[Array, "B K H"],
+    value: Float[Array, "B K H"],
+    places: Int[Array, " B"],
+    layer: tuple[Array, ...],
+) -> KVCache:
+    if len(key) == 1:
+        # The compiler makes a slice of a scatter of one row, and copies the cache to check its bounds.
+        ones, at = (1,) * len(layer), (*layer, 0)
+        keys, values = key.reshape(*ones, *key.shape, 1), value.reshape(*ones, *value.shape[:2], 1, -1)
+        keys = jax.lax.dynamic_update_slice(cache.keys, keys, (*at, 0, 0, places[0]))
+        return KVCache.placed(keys, jax.lax.dynamic_update_slice(cache.values, values, (*at, 0, places[0], 0)))
+    rows, everything = jnp.arange(len(key)), slice(None)
+    keys = cache.keys.at[(*layer, rows, everything, everything, places)].set(key)
+    return KVCache.placed(keys, cache.values.at[(*layer, rows, everything, places)].set(value))
+
+
+class Prompts(NamedTuple):
+    """Keys and values of packed prompts, R rows of T tokens: an array per layer [R T K H], or one [L R T K H]."""
+
+    keys: Any
+    values: Any
 
 
 def prefill(
@@ -148,8 +206,8 @@ def prefill(
     params: dict[str, Any],
     ids: Int[Array, "R T"],
     positions: Int[Array, "R T"],
-) -> KVCache:
-    """Keys and values of packed prompts: for each layer [R T K H].
+) -> Prompts:
+    """What attention keeps of packed prompts.
 
     Args:
       positions: of each token in its prompt. A prompt starts where it is 0; padding is prompts of one token.
@@ -160,17 +218,22 @@ def prefill(
     start = places - positions
     seen = KeyIntervals(start, places + 1) if backend.intervals else KeySpans(start, start, start)
 
-    def step(layer: Block, x: Array, _: None) -> tuple[Array, KVCache]:
-        x, kept = layer(x, rope, partial(backend.attend, seen=seen))
-        return x, KVCache(*kept)
+    def one(x: Array, weights: Any) -> tuple[Array, tuple[Array, Array]]:
+        return nnx.merge(code, weights)(x, rope, partial(backend.attend, seen=seen))
 
-    _, kept = _through_layers(code, params["blocks"], model.embed_tokens(ids), None, step)
-    return kept
+    x, blocks = model.embed_tokens(ids), params["blocks"]
+    if not isinstance(blocks, tuple):
+        return Prompts(*jax.lax.scan(one, x, blocks)[1])
+    layers = []
+    for weights in blocks:
+        x, kept = one(x, _turn_back(weights))
+        layers.append(kept)
+    return Prompts(*map(tuple, zip(*layers, strict=True)))
 
 
 def insert(
     cache: KVCache,
-    prompts: KVCache,
+    prompts: Prompts,
     slots: Int[Array, "R F"],
     starts: Int[Array, "R F"],
     count: Int[Array, ""],
@@ -185,19 +248,17 @@ def insert(
         the prompt is written over by its completion.
       count: how many of the F are used, at most.
     """
-    groups = slots.shape[0]
     room = cache.slots
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, room), (0, 0), (0, 0)]), prompts)
 
     def one(i: Array, cache: KVCache) -> KVCache:
-        def write(old: Array, new: Array) -> Array:
-            if old.ndim == 5:
-                return jax.vmap(write)(old, new)
-            pieces = _slices(new, starts[:, i], room).swapaxes(1, 2)
-            parts = _write(old.reshape(groups, -1, *old.shape[1:]), pieces, slots[:, i])
-            return _place(parts.reshape(old.shape))
+        def write(to_cache: str, old: Array, new: Array) -> Array:
+            pieces = jnp.einsum(to_cache, _slices(new, starts[:, i], room))
+            return _write(old, pieces, slots[:, i])
 
-        return jax.tree.map(write, cache, padded)
+        keys = jax.tree.map(_over_layers(partial(write, "rskh->rkhs")), cache.keys, padded.keys)
+        values = jax.tree.map(_over_layers(partial(write, "rskh->rksh")), cache.values, padded.values)
+        return KVCache.placed(keys, values)
 
     return jax.lax.fori_loop(0, count, one, cache)
 
@@ -206,19 +267,21 @@ def copy_slots(
     cache: KVCache, sources: Int[Array, "R F"], targets: Int[Array, "R F"], count: Int[Array, ""]
 ) -> KVCache:
     """The cache with slots copied within their part, one after the other; a target that is not there takes nothing."""
-    groups = sources.shape[0]
+    parts = len(sources)
 
     def one(i: Array, cache: KVCache) -> KVCache:
-        def write(old: Array) -> Array:
-            if old.ndim == 5:
-                return jax.vmap(write)(old)
-            parts = old.reshape(groups, -1, *old.shape[1:])
-            pieces = _slices(parts, sources[:, i], 1)[:, 0]
-            return _place(_write(parts, pieces, targets[:, i]).reshape(old.shape))
+        def copy(old: Array) -> Array:
+            pieces = _slices(old.reshape(parts, -1, *old.shape[1:]), sources[:, i], 1)[:, 0]
+            return _write(old, pieces, targets[:, i])
 
-        return jax.tree.map(write, cache)
+        return KVCache.placed(*(jax.tree.map(_over_layers(copy), x) for x in cache))
 
     return jax.lax.fori_loop(0, count, one, cache)
+
+
+def _over_layers(function: Callable[..., Array]) -> Callable[..., Array]:
+    """For an array of one layer, or of all of them."""
+    return lambda old, *more: (function if old.ndim == len(KEY_DIMS) else jax.vmap(function))(old, *more)
 
 
 def _slices(x: Array, starts: Int[Array, " R"], size: int) -> Array:
@@ -228,11 +291,14 @@ def _slices(x: Array, starts: Int[Array, " R"], size: int) -> Array:
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(x, starts)
 
 
-def _write(parts: Array, pieces: Array, slots: Int[Array, " R"]) -> Array:
-    """x[r] of each part r into its slot."""
+def _write(old: Array, pieces: Array, slots: Int[Array, " R"]) -> Array:
+    """A piece into a slot of each part of the rows."""
+    parts = old.reshape(len(slots), -1, *old.shape[1:])
     if len(slots) == 1:
         there = slots[0] < parts.shape[1]
         slot = jnp.where(there, slots[0], 0)
         kept = jax.lax.dynamic_slice_in_dim(parts, slot, 1, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(parts, jnp.where(there, pieces[:, None], kept), slot, axis=1)
-    return parts.at[jnp.arange(len(slots)), slots].set(pieces)
+        parts = jax.lax.dynamic_update_slice_in_dim(parts, jnp.where(there, pieces[:, None], kept), slot, axis=1)
+    else:
+        parts = parts.at[jnp.arange(len(slots)), slots].set(pieces)
+    return parts.reshape(old.shape)

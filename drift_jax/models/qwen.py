@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
-from drift_jax.models.attention import attend, attend_one
+from drift_jax.models.attention import attend
 from drift_jax.models.linear import linear
 from drift_jax.models.norms import rms_norm
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
@@ -116,7 +116,8 @@ class Attention(nnx.Module):
         return query, key, self.project(x, "v", "kv_heads")
 
     def output(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        return linear("btnh,dnh->btd", mixed, self.o[...].astype(mixed.dtype))
+        # jnp.einsum sums over dims in the order of their letters: with n for heads, mixed values were turned round.
+        return linear("btgh,dgh->btd", mixed, self.o[...].astype(mixed.dtype))
 
 
 @final
@@ -158,18 +159,6 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         query, key, value = self.attention.project_all(rms_norm(x, self.attention_norm[...], self.eps), rope)
         return self.finish(x, attend(query, key, value)), (key, value)
-
-    def decode(
-        self,
-        x: Float[Array, "B 1 D"],
-        rope: Rope,
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
-        lengths: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B 1 D"], tuple[Float[Array, "B 1 K H"], Float[Array, "B 1 K H"]]]:
-        """One more token of each row, behind the first `lengths` of its keys; and the token's own key and value."""
-        query, key, value = self.attention.project_all(rms_norm(x, self.attention_norm[...], self.eps), rope)
-        return self.finish(x, attend_one(query, key, value, keys, values, lengths)), (key, value)
 
 
 @final

@@ -15,13 +15,18 @@ from drift_jax.sampling.base import SampleRequest
 _SHORTEST = 128  # kernels take rows of multiples of this
 
 
-def round_length(tokens: int) -> int:
-    """The next of 128, 256, 384, 512, 768, 1024, 1536, ...: few lengths are few compilations."""
+def round_length(tokens: int, steps: int = 2) -> int:
+    """The next of 128, 256, 384, 512, 768, 1024, 1536, ...: few lengths are few compilations.
+
+    Args:
+      steps: between a power of two and the next, where they are multiples of 64; 4 gives 256, 320, 384, 448, 512, 640.
+    """
     size = _SHORTEST
     while size < tokens:
         size *= 2
-    smaller = size * 3 // 4
-    return smaller if smaller >= tokens and smaller % _SHORTEST == 0 else size
+    least = _SHORTEST if steps <= 2 else _SHORTEST // 2
+    between = (size // 2 + size * i // (2 * steps) for i in range(1, steps))
+    return next((length for length in between if length >= tokens and length % least == 0), size)
 
 
 @dataclass(frozen=True)

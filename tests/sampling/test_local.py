@@ -115,3 +115,4 @@ def test_batch_that_the_mesh_cannot_split(model_dir: Path) -> None:
 
 def test_buckets() -> None:
     assert [round_length(n) for n in (1, 128, 129, 300, 400, 600, 1000)] == [128, 128, 256, 384, 512, 768, 1024]
+    assert [round_length(n, 4) for n in (1, 129, 200, 257, 600)] == [128, 192, 256, 320, 640]
