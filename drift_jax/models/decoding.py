@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -72,6 +73,19 @@ def split_layers(params: dict[str, Any]) -> dict[str, Any]:
     split = jax.tree_util.tree_map_with_path(unstack, stacked)
     layers = tuple(jax.tree.map(itemgetter(i), split, is_leaf=lambda node: type(node) is tuple) for i in range(count))
     return {**params, "blocks": layers}
+
+
+def split_abstract(params: dict[str, Any]) -> dict[str, Any]:
+    """`split_layers` of `jax.ShapeDtypeStruct`s with shardings."""
+    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape, spec = leaf.shape[1:], (*leaf.sharding.spec, *(None,) * leaf.ndim)[1 : leaf.ndim]  # pyright: ignore
+        order = _TURNED.get(tuple(key.key for key in path), tuple(range(len(shape))))
+        placed = NamedSharding(leaf.sharding.mesh, PartitionSpec(*(spec[dim] for dim in order)))  # pyright: ignore
+        return jax.ShapeDtypeStruct(tuple(shape[dim] for dim in order), leaf.dtype, sharding=placed)
+
+    return {**params, "blocks": (jax.tree_util.tree_map_with_path(one, params["blocks"]),) * count}
 
 
 def _turn_back(weights: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +176,8 @@ def decode(
     x, blocks = model.embed_tokens(ids[:, None]), params["blocks"]
     if isinstance(blocks, tuple):
         layers = []
-        for weights, *own in zip(blocks, *cache, strict=True):
-            x, kept = go_through(_turn_back(weights), x, KVCache(*own), ())
+        for weights, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
+            x, kept = go_through(_turn_back(weights), x, KVCache(keys, values), ())
             layers.append(kept)
         cache = KVCache(*map(tuple, zip(*layers, strict=True)))
     else:

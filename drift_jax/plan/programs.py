@@ -2,8 +2,8 @@
 
 They are what `drift run` compiles: the trainer's step, its reference pass, and the sampler's loop. The batch is one of
 the largest: every pair has a prompt of `data.max_prompt_length` and two completions that go on to `data.max_length`;
-the sampler has `sampling.batch_size` prompts of the longest bucket, on one host where it would sample there. This is
-the one file of the plan that makes meshes and puts them in force.
+the sampler decodes `sampling.batch_size` rows with all the room they can need, on one host where it would sample there.
+This is the one file of the plan that makes meshes and puts them in force.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,11 @@ from drift_jax.plan.flops import forward_flops
 from drift_jax.plan.hlo import Instruction, Region, read_shapes
 from drift_jax.plan.slices import Slice
 from drift_jax.sampling.base import SamplingParams
-from drift_jax.sampling.draw import row_keys
-from drift_jax.sampling.local import LocalSampler, prompt_bucket
+from drift_jax.sampling.local import LocalSampler
+from drift_jax.sampling.slots import round_length
 from drift_jax.sharding import (
     Layout,
     build_layout,
-    build_sharding,
     check_batch,
     check_sampling_batch,
     for_sampling,
@@ -118,18 +117,10 @@ class Programs:
         graphdef, declared = declare_qwen(self.architecture, jnp.dtype(sampling.compute_dtype))
         weights = abstract_params(declared, layout, sampling.compute_dtype)
         sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), sampling.batch_size)
-        params = SamplingParams.from_config(sampling, (0,), self.architecture.vocab_size)
-        rows, width = sampling.batch_size, prompt_bucket(sampling.max_input_length)
-        by_row = build_sharding(layout, ("batch", None), (rows, width), "prompts")
-        one = build_sharding(layout, ("batch",), (rows,), "prompts")
-        keys = jax.eval_shape(partial(row_keys, params.seed), jax.ShapeDtypeStruct((rows, 2), jnp.uint32))
+        room = round_length(sampling.max_input_length + sampling.max_new_tokens, sampler.room_steps)
         with use_layout(layout):
-            return sampler.jitted_generate.lower(
-                weights,
-                params,
-                jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=by_row),
-                jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=one),
-                jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=one),
+            return sampler.lower(
+                SamplingParams.from_config(sampling, (0,), self.architecture.vocab_size), room
             ).compile()
 
     # --- what is known here and not in the compiled text ------------------------------------------------------
@@ -149,7 +140,7 @@ class Programs:
         if where.endswith("logps.py"):
             return float(self.chunks)
         if where.endswith("local.py"):
-            return float(self.config.sampling.max_new_tokens - 1)
+            return float(self.config.sampling.max_new_tokens)
         return 1.0
 
     @cached_property

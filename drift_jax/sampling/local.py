@@ -28,6 +28,7 @@ from drift_jax.models.decoding import (
     init_cache,
     insert,
     prefill,
+    split_abstract,
     split_layers,
 )
 from drift_jax.models.policy import Policy, bind
@@ -63,6 +64,10 @@ class DrawRule(NamedTuple):
     top_p: float
     eos_ids: tuple[int, ...]
     vocab_size: int
+
+    @staticmethod
+    def of(params: SamplingParams) -> DrawRule:
+        return DrawRule(params.temperature, params.top_k, params.top_p, params.eos_ids, params.vocab_size)
 
 
 def init_rows(rows: int, most: int) -> Rows:
@@ -152,6 +157,7 @@ class LocalSampler(Sampler):
         self.stacked = policy.layout.platform == "tpu"
         # A CPU computes what of the room is empty; elsewhere compiling anew costs more.
         self.room_steps = 4 if policy.layout.platform == "cpu" else 2
+        self.dtype = bind(policy.graphdef, policy.params).dtype  # of keys and values
         graphdef, backend = policy.graphdef, resolve_attention("auto", policy.layout.platform)
         # Every process of the mesh reads what was drawn. All programs give the cache the same placement: one that came
         # with another would be compiled for anew.
@@ -181,6 +187,29 @@ class LocalSampler(Sampler):
             self._params = self.policy.params if self.stacked else split_layers(self.policy.params)
         return self._params
 
+    def lower(self, sampling: SamplingParams, room: int) -> jax.stages.Lowered:
+        """The decoding loop for a cache of so much room, with abstract weights; its layout must be in force."""
+        config, layout, rows = self.policy.config, self.policy.layout, self.batch_size
+        params, everywhere = self.policy.params, replicated(layout)
+        if not self.stacked:
+            params = split_abstract(params)
+        cache = jax.eval_shape(partial(init_cache, config, rows, room, self.dtype, self.stacked))
+        placed = cache_shardings(config, layout, rows, self.stacked)
+
+        def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        state = jax.eval_shape(partial(init_rows, rows, sampling.max_new_tokens))
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        return self.jitted_generate.lower(
+            DrawRule.of(sampling),
+            params,
+            number,
+            jax.tree.map(lambda x: place(x, everywhere), state),
+            jax.tree.map(place, cache, placed),
+            number,
+        )
+
     def sample(
         self, requests: Iterable[SampleRequest], params: SamplingParams, on_batch: OnBatch | None = None
     ) -> list[Completion]:
@@ -202,7 +231,7 @@ class _Session:
 
     def __init__(self, sampler: LocalSampler, requests: list[SampleRequest], params: SamplingParams) -> None:
         self.sampler, self.sampling = sampler, params
-        self.rule = DrawRule(params.temperature, params.top_k, params.top_p, params.eos_ids, params.vocab_size)
+        self.rule = DrawRule.of(params)
         self.table = SlotTable(requests, sampler.parts, sampler.batch_size // sampler.parts, _BUDGET)
         self.everywhere = replicated(sampler.policy.layout)
         self.rows = sampler.jitted_init_rows(sampler.batch_size, params.max_new_tokens)
@@ -255,8 +284,8 @@ class _Session:
         longest = int(max(self.lengths[slot] for slot in self.table.running))
         needed = round_length(longest + tokens, sampler.room_steps)
         if self.cache is None:
-            config, dtype = sampler.policy.config, bind(sampler.policy.graphdef, sampler.policy.params).dtype
-            self.cache = sampler.jitted_init(config, self.table.rows, needed, dtype, sampler.stacked)
+            config, rows = sampler.policy.config, self.table.rows
+            self.cache = sampler.jitted_init(config, rows, needed, sampler.dtype, sampler.stacked)
         elif self.cache.slots < needed:
             self.cache = sampler.jitted_grow(self.cache, needed)
 

@@ -230,22 +230,7 @@ def test_token_logps_equal_log_softmax_for_every_tile(model_dir: Path, chunk: in
     )
 
 
-# --- decoding and dtypes ------------------------------------------------------------------------------------
-
-
-def test_decode_with_a_cache_equals_the_whole_forward(model_dir: Path) -> None:
-    """Prompts of 5 and 9 tokens, right-padded to 9; then three more tokens through the cache."""
-    ids, lengths, new = jnp.asarray(random_ids(2, 12)), jnp.asarray([5, 9]), 3
-    graphdef, params = load(model_dir)
-    model = nnx.merge(graphdef, params)
-    hidden, cache = model.prefill(ids[:, :9], 9 + new)
-    for step in range(new):
-        tokens = ids[jnp.arange(2), lengths + step]
-        slots = jnp.arange(9 + new)
-        mask = (slots < lengths[:, None]) | ((slots >= 9) & (slots <= 9 + step))
-        hidden, cache = model.decode(tokens, lengths + step, cache, jnp.asarray(9 + step), mask)
-        whole = our_logits(graphdef, params, ids)[jnp.arange(2), lengths + step]
-        np.testing.assert_allclose(model.logits(hidden), whole, atol=1e-4)
+# --- dtypes ------------------------------------------------------------------------------------
 
 
 def test_bfloat16_compute_stays_near_float32(model_dir: Path) -> None:
