@@ -53,23 +53,25 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def save_two_updates(directory: Path) -> TrainState:
-    """A checkpoint of two updates on eight devices that share the weights."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """A checkpoint of two updates on eight devices that share the weights, and what is in it."""
+    directory = tmp_path_factory.mktemp("saved") / "c"
     trainer = make_trainer((1, 8, 1))
     state = trainer.init_state(init_params(QWEN, 0, trainer.layout))
     for _ in range(2):
         state, _ = trainer.step(state, make_loader(ways=8).shuffled(int(state.step)))
     with Checkpointer(directory, keep=2) as checkpointer:
         save(checkpointer, state)
-    return state
+    return directory, state
 
 
 @pytest.mark.mesh
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 1)])
-def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, int, int, int]) -> None:
-    state = save_two_updates(tmp_path / "c")
+def test_restored_on_another_mesh_bit_for_bit(saved: tuple[Path, TrainState], sizes: tuple[int, int, int, int]) -> None:
+    directory, state = saved
     other = make_trainer(sizes)
-    with Checkpointer(tmp_path / "c", keep=2) as checkpointer:
+    with Checkpointer(directory, keep=2) as checkpointer:
         assert checkpointer.latest_step() == 2
         assert checkpointer.read_meta(2) == {"step": 2, "note": "x"}
         restored = restore(checkpointer, other, 2)
@@ -79,18 +81,18 @@ def test_restored_on_another_mesh_bit_for_bit(tmp_path: Path, sizes: tuple[int, 
 
 
 @pytest.mark.slow
-def test_restored_in_two_processes_bit_for_bit(tmp_path: Path) -> None:
+def test_restored_in_two_processes_bit_for_bit(saved: tuple[Path, TrainState], tmp_path: Path) -> None:
     """Each gets its part; a number that is changed afterwards is seen by the one that has it."""
-    state = save_two_updates(tmp_path / "c")
+    directory, state = saved
     leaves = {str(name): np.array(leaf) for name, leaf in enumerate(jax.tree.leaves(state))}
     np.savez(tmp_path / "state.npz", **leaves)
     expected = [(0, "process 0 of 2: "), (0, "process 1 of 2: ")]
-    ends = run_together("tests.restore_part", 2, tmp_path / "c", tmp_path / "state.npz")
+    ends = run_together("tests.restore_part", 2, directory, tmp_path / "state.npz")
     assert [(code, output.splitlines()[-1][: len("process 0 of 2: ")]) for code, output in ends] == expected, ends
     largest = max(leaves, key=lambda name: leaves[name].size)
     leaves[largest].flat[-1] += 1
     np.savez(tmp_path / "state.npz", **leaves)
-    ends = run_together("tests.restore_part", 2, tmp_path / "c", tmp_path / "state.npz")
+    ends = run_together("tests.restore_part", 2, directory, tmp_path / "state.npz")
     assert any(code and "Mismatched elements: 1 /" in output for code, output in ends)
 
 

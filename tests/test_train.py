@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def compute(trainer: Trainer, params: dict[str, Any], batch: PairBatch) -> tuple
     return host_metrics(metrics), grads
 
 
+@cache
+def on_one_device(model_dir: Path, pairs: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """What others are compared with: the first batch of so many pairs, in one micro-batch."""
+    return compute(*make_trainer(model_dir), make_loader(random_pairs(pairs)).shuffled(0))
+
+
 def relative_errors(grads: dict[str, Any], expected: dict[str, Any]) -> list[float]:
     """Of each tensor the norm of the difference over its norm."""
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True)
@@ -71,8 +77,7 @@ def relative_errors(grads: dict[str, Any], expected: dict[str, Any]) -> list[flo
 def test_loss_and_gradients_equal_torch(model_dir: Path) -> None:
     loader = make_loader(random_pairs(8))
     expected, expected_grads = torch_reference(model_dir, loader.pairs, loader.ref_logps, CONFIG)
-    trainer, params = make_trainer(model_dir)
-    metrics, grads = compute(trainer, params, loader.shuffled(0))
+    metrics, grads = on_one_device(model_dir, 8)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
     ours = to_hf_tensors(grads, load_qwen_config(model_dir))
@@ -113,7 +118,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
 ) -> None:
     """(data, fsdp, tensor, sequence), in the loader's rows for that mesh, with a budget or the least there can be."""
     pairs = random_pairs(8)
-    expected, expected_grads = compute(*make_trainer(model_dir), make_loader(pairs).shuffled(0))
+    expected, expected_grads = on_one_device(model_dir, 8)
     trainer, params = make_trainer(model_dir, sizes)
     split = batch_split(trainer.layout)
     batch = make_loader(pairs, split=split, tokens_per_device=tokens).shuffled(0)
@@ -168,7 +173,7 @@ def test_accumulation_changes_nothing(model_dir: Path, packing: dict[str, int]) 
     """Seven pairs in a batch of eight: one is padding, and the last micro-batch may have rows without a pair."""
     pairs = random_pairs(7)
     trainer, params = make_trainer(model_dir)
-    expected, expected_grads = compute(trainer, params, make_loader(pairs).shuffled(0))
+    expected, expected_grads = on_one_device(model_dir, 7)
     batch = make_loader(pairs, **packing).shuffled(0)
     assert batch.micro_batches > 1
     metrics, grads = compute(trainer, params, batch)
@@ -255,7 +260,7 @@ def test_scores_do_not_depend_on_batch_or_order(model_dir: Path) -> None:
 def test_evaluation_equals_the_metrics_of_a_step(model_dir: Path) -> None:
     trainer, params = make_trainer(model_dir)
     loader = make_loader(random_pairs(8))
-    step, _ = compute(trainer, params, loader.shuffled(0))
+    step, _ = on_one_device(model_dir, 8)
     held_out = evaluate_scores(trainer.score_pairs(params, loader), loader.ref_logps, CONFIG)
     assert held_out == pytest.approx({f"eval_{name}": value for name, value in step.items()}, rel=1e-5)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
-
 VOCAB = 512
 
 
 def build_tiny_model(out_dir: Path, kind: str = "qwen2", tied: bool = False, **overrides: Any) -> Path:
     """A Qwen2 or Qwen3 with random biases and norms, scaled so that the largest logits are of order 10."""
+    # Here, because processes that tests start import this file too, and need none of it.
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
     sizes = dict(
         vocab_size=VOCAB,
         hidden_size=64,

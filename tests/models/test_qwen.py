@@ -47,9 +47,12 @@ def positions_like(ids: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 
 
-def our_logits(graphdef, params, ids: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def our_logits(graphdef, params, ids: jax.Array, positions: Any = None, spans: Any = None) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    return model.logits(model.hidden(ids, positions_like(ids)))
+    positions = positions_like(ids) if positions is None else positions
+    packed = {} if spans is None else {"seen": spans, "attend": attend_by_xla}
+    return model.logits(model.hidden(ids, positions, **packed))
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -80,9 +83,8 @@ def test_a_broken_part_is_seen(model_dir: Path, broken: str) -> None:
         attention[name] = attention[name] * 0
     elif broken == "norm":
         params["blocks"]["mlp_norm"] = jnp.ones_like(params["blocks"]["mlp_norm"])
-    model = nnx.merge(graphdef, params)
     positions = positions_like(jnp.asarray(ids)) * (0 if broken == "rope" else 1)
-    logits = model.logits(model.hidden(jnp.asarray(ids), positions))
+    logits = our_logits(graphdef, params, jnp.asarray(ids), positions)
     assert np.abs(np.asarray(logits) - torch_logits(model_dir, ids)).max() > 1e-2
 
 
@@ -92,7 +94,7 @@ def test_logits_do_not_depend_on_the_mesh(model_dir: Path, sizes: tuple[int, int
     layout = build_layout(MeshConfig(*sizes))
     graphdef, params = load(model_dir, layout)
     with use_layout(layout):
-        sharded = jax.jit(our_logits, static_argnums=0)(graphdef, params, ids)
+        sharded = our_logits(graphdef, params, ids)
     np.testing.assert_allclose(np.asarray(sharded), our_logits(*load(model_dir), ids), atol=2e-5)
 
 
@@ -128,9 +130,8 @@ def test_packed_rows_equal_sequences_that_are_alone(model_dir: Path, mistake: st
     """Negative twins: positions that go on behind the chosen side, sides and pairs that see what is before them."""
     ids = random_ids(1, 40)[0]
     graphdef, params = load(model_dir)
-    model = nnx.merge(graphdef, params)
     positions, spans, sequences = pack(ids, mistake)
-    packed = np.asarray(model.logits(model.hidden(jnp.asarray(ids)[None], positions, spans, attend=attend_by_xla)))[0]
+    packed = np.asarray(our_logits(graphdef, params, jnp.asarray(ids)[None], positions, spans))[0]
     errors = [np.abs(packed[places] - torch_logits(model_dir, alone[None])[0]).max() for alone, places in sequences]
     assert max(errors) < 1e-4 if not mistake else max(errors) > 1e-2
 
