@@ -1,0 +1,183 @@
+"""What may not become a chosen response: rules on the text of a completion, each with the reason that it gives.
+
+A rule that refuses too much costs good pairs, so each is built to let natural replies pass: on the 198 logged replies
+of people and of GPT-3.5 that the rules were tried on they refuse none (`tests/data/test_chosen.py` has such replies).
+What is said outside of fenced code counts, as replies may show a chat format in code. The rules know Markdown and
+English labels of turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from rapidfuzz import fuzz
+
+from drift_jax.config import SamplingConfig
+from drift_jax.errors import ConfigError
+from drift_jax.records import DsatRecord
+
+EMPTY = "empty"
+SAME = "same as rejected"
+NEAR = "near the rejected"
+CUT = "cut by length"
+REPEATS = "repeats itself"
+SPEAKER = "speaks for another"
+LANGUAGE = "other language"
+
+_FENCE = re.compile(r"^ {0,3}(```+|~~~+).*?(?:^ {0,3}\1[`~]* *$|\Z)", re.MULTILINE | re.DOTALL)
+# A turn of somebody else, as the plain prompt of style `paper` and base models write it: "User: ...", "**Human:** ...".
+_LABEL = re.compile(r"^\s{0,3}(?:#{1,6} |\*\*|__)?(user|human|assistant)(?:\*\*|__)?\s*:", re.IGNORECASE | re.MULTILINE)
+# Control tokens of chat templates that were written as text, and headers of instruction formats.
+_MARKER = re.compile(
+    r"^\s{0,3}(?:<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant|system|endoftext)\|>|<start_of_turn>"
+    r"|\[/?INST\]|#{2,3} (?:Instruction|Human|User|Input):?\s*$)",
+    re.MULTILINE,
+)
+_OTHER_LABEL = re.compile(
+    r"^\s*(?:[-*+] |\d+[.)] )?(?:\*\*|__|`)?(?!(?:user|human|assistant|system)\b)\w+(?: \w+)?(?:\*\*|__|`)?\s*:",
+    re.IGNORECASE,
+)
+_ASKS_FOR_TURNS = re.compile(
+    r"\b(?:dialog(?:ue)?s?|conversations?|chats?|chatbots?|scripts?|screenplay|transcripts?|role-?play\w*|interviews?|skits?"
+    r"|few-shot|prompts?|play|scene|talk(?:ing|s)? (?:to|with))\b",
+    re.IGNORECASE,
+)
+_LONGEST_UNIT = 600  # characters of a phrase that is looked for as repeated
+_FEWEST_REPEATS = 4
+_SHORTEST_RUN = 100  # characters of repeated phrases: a line of a song is no loop
+_FEWEST_LETTERS = 60  # of a text whose language is asked for
+_SURE = 0.9  # of a language, as a probability
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion of a record, as the rules see it."""
+
+    text: str
+    finish_reason: str  # stop or length
+    control_token: str | None = None  # a control token in the midst of the reply, which the text does not show
+
+
+def refusal(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> str | None:
+    """Why a completion cannot be a chosen response, by the first rule that refuses it; None when it can.
+
+    Raises:
+      ConfigError: `sampling.same_language` needs a library that is not installed.
+    """
+    return next((reason for reason, rule in RULES.items() if rule(candidate, record, sampling)), None)
+
+
+def similarity(a: str, b: str) -> float:
+    """1 for equal texts, 0 for texts without a character in common; white space counts as one space.
+
+    It is 1 - (insertions and deletions from one to the other) / (length of both), `fuzz.ratio` of rapidfuzz.
+    """
+    return fuzz.ratio(_flat(a), _flat(b)) / 100
+
+
+def repetition(text: str) -> float:
+    """The largest share of a text that one phrase takes, written four times or more in a row, 100 characters or more.
+
+    A phrase may have any length up to 600 characters. White space counts as one space. Exact: for each length p of a
+    phrase, a run of characters equal to those p before them is a phrase repeated.
+    """
+    flat = np.array([ord(char) for char in _flat(text)], np.int32)
+    longest = 0
+    for period in range(1, min(_LONGEST_UNIT, len(flat) // _FEWEST_REPEATS) + 1):
+        least = max(_SHORTEST_RUN, _FEWEST_REPEATS * period, longest + 1) - period
+        equal = flat[period:] == flat[:-period]
+        if np.count_nonzero(equal) < least:
+            continue
+        run = int(np.diff(np.flatnonzero(~equal), prepend=-1, append=len(equal)).max()) - 1
+        if run >= least:
+            longest = run + period
+    return longest / max(1, len(flat))
+
+
+def speaks_for_another(text: str, record: DsatRecord) -> bool:
+    """Whether a reply goes on with the turn of another speaker.
+
+    That is a line that opens with `User:` or `Human:`, with `Assistant:` after the first line, or with a marker of a
+    chat format. Not counted are fenced code, lists of other labels around it (`Admin: ...` before `User: ...`), and
+    dialogues with a user who wrote of such turns, or of a dialogue, script, prompt or the like.
+    """
+    said = _FENCE.sub("\n", text)
+    asked = [m.content for m in record.prompt if m.role == "user"] + [record.user_preference]
+    if _MARKER.search(said) and not any(_MARKER.search(message) or "<|" in message for message in asked):
+        return True
+    lines = [line for line in said.split("\n") if line.strip()]
+    turns = [i for i, line in enumerate(lines) if _is_turn(line, i)]
+    if not turns or any(_LABEL.search(m) or _ASKS_FOR_TURNS.search(m) for m in asked):
+        return False
+    return not all(_in_list_of_labels(lines, i) for i in turns)
+
+
+def _is_turn(line: str, index: int) -> bool:
+    found = _LABEL.match(line)
+    return found is not None and (index > 0 or found[1].lower() != "assistant")
+
+
+def _in_list_of_labels(lines: list[str], index: int) -> bool:
+    before, after = lines[max(0, index - 1) : index], lines[index + 1 : index + 2]
+    return any(_OTHER_LABEL.match(line) for line in before + after) and not any(map(_LABEL.match, after))
+
+
+def speaks_another_language(text: str, record: DsatRecord) -> bool:
+    """Whether reply and the user's last messages are long enough to tell their languages, and these differ."""
+    reply = _language(_FENCE.sub("\n", text))
+    asked = _language(_FENCE.sub("\n", f"{record.prompt[-1].content}\n{record.user_preference}"))
+    return reply is not None and asked is not None and reply != asked
+
+
+def _language(text: str) -> str | None:
+    """ISO 639-1 code; None where the text is too short or mixed to say."""
+    if sum(char.isalpha() for char in text) < _FEWEST_LETTERS:
+        return None
+    code, probability = _language_identifier().classify(text)
+    return code if probability >= _SURE else None
+
+
+@lru_cache(maxsize=1)
+def _language_identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            "sampling.same_language needs py3langid: pip install 'drift-jax[language]', or set it to false."
+        ) from None
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def check_rules(sampling: SamplingConfig) -> None:
+    """Raises `ConfigError` before any work where a rule needs what is not installed."""
+    if sampling.same_language:
+        _language_identifier()
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_empty(text: str) -> bool:
+    return not any(char.isprintable() and not char.isspace() for char in text)
+
+
+Rule = Callable[[Candidate, DsatRecord, SamplingConfig], bool]
+
+# In this order. The cut comes last but one for what can be told of its text: a loop that ran into the limit is a loop.
+RULES: Mapping[str, Rule] = {
+    EMPTY: lambda c, record, s: _is_empty(c.text),
+    SAME: lambda c, record, s: _flat(c.text) == _flat(record.rejected),
+    NEAR: lambda c, record, s: s.max_similarity < 1 and similarity(c.text, record.rejected) > s.max_similarity,
+    REPEATS: lambda c, record, s: s.max_repetition < 1 and repetition(c.text) > s.max_repetition,
+    SPEAKER: lambda c, record, s: (
+        s.other_speakers == "drop" and (c.control_token is not None or speaks_for_another(c.text, record))
+    ),
+    CUT: lambda c, record, s: s.on_cut != "keep" and c.finish_reason == "length",
+    LANGUAGE: lambda c, record, s: s.same_language and speaks_another_language(c.text, record),
+}
