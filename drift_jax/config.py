@@ -98,7 +98,9 @@ class SamplingConfig:
     longest_within: PositiveInt = 512  # tokens; chooser longest_within takes the longest completion of at most these
     on_cut: Literal["keep", "drop", "resample"] = "keep"  # of max_new_tokens without an end; resample: once, then drop
     max_similarity: Share = 0.95  # to the rejected response, in characters; above it dropped; 1: only equal ones
-    max_repetition: Share = 0.3  # of a completion's characters in one phrase repeated in a row; above it dropped; 1: off
+    max_repetition: Share = (
+        0.3  # of a completion's characters in one phrase repeated in a row; above it dropped; 1: off
+    )
     other_speakers: Literal["drop", "keep"] = "drop"  # completions that go on as "User:" or the like
     same_language: bool = False  # drop completions in another language than the user's; extra `language`
     max_new_tokens: PositiveInt = 512

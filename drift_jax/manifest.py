@@ -17,7 +17,7 @@ from typing import Any, final
 
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
-from drift_jax.files import write_json
+from drift_jax.files import remove_leftovers, write_json
 
 MANIFEST_FILE = "manifest.json"
 # Files of a model directory that change what the model computes or how text becomes ids.
@@ -156,8 +156,9 @@ class RunLock:
             owner = self._file.read().strip() or "unknown"
             self._file.close()
             raise StageError(
-                f"{self.path.parent} is in use by process {owner}. Wait for it, or give another --run-dir."
+                f"{self.path.parent} is in use by process {owner}. Wait for it, or give another directory."
             ) from None
+        remove_leftovers(self.path.parent)
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
