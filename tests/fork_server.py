@@ -21,7 +21,7 @@ import drift_jax.cli
 import drift_jax.manifest
 import drift_jax.stages.identity
 import drift_jax.stages.pair
-import drift_jax.stages.sample  # noqa: F401
+import drift_jax.stages.sample
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture()
-def job(tmp_path: Path, model_dir: Path) -> list[str]:  # noqa: F811
+def job(tmp_path: Path, model_dir: Path) -> list[str]:
     """64 prompts; what is cut by length, which is most of it, is drawn a second time."""
     write_dsat(tmp_path / "dsat.jsonl", 64)
     raw = {

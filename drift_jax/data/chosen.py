@@ -35,7 +35,7 @@ _LABEL = re.compile(r"^\s{0,3}(?:#{1,6} |\*\*|__)?(user|human|assistant)(?:\*\*|
 # Control tokens of chat templates that were written as text, and headers of instruction formats.
 _MARKER = re.compile(
     r"^\s{0,3}(?:<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant|system|endoftext)\|>|<start_of_turn>"
-    r"|\[/?INST\]|#{2,3} (?:Instruction|Human|User|Input):?\s*$)",
+    r"|\[/?INST\]|#{2,3} Instruction:)",
     re.MULTILINE,
 )
 _OTHER_LABEL = re.compile(
@@ -80,22 +80,29 @@ def similarity(a: str, b: str) -> float:
     return fuzz.ratio(_flat(a), _flat(b)) / 100
 
 
-def repetition(text: str) -> float:
+def repetition(text: str, of_signs: bool = True) -> float:
     """The largest share of a text that one phrase takes, written four times or more in a row, 100 characters or more.
 
     A phrase may have any length up to 600 characters. White space counts as one space. Exact: for each length p of a
     phrase, a run of characters equal to those p before them is a phrase repeated.
+
+    Args:
+      of_signs: whether a phrase without a letter counts, such as digits or lines.
     """
-    flat = np.array([ord(char) for char in _flat(text)], np.int32)
+    flat = _flat(text)
+    codes = np.array([ord(char) for char in flat], np.int32)
     longest = 0
-    for period in range(1, min(_LONGEST_UNIT, len(flat) // _FEWEST_REPEATS) + 1):
+    for period in range(1, min(_LONGEST_UNIT, len(codes) // _FEWEST_REPEATS) + 1):
         least = max(_SHORTEST_RUN, _FEWEST_REPEATS * period, longest + 1) - period
-        equal = flat[period:] == flat[:-period]
+        equal = codes[period:] == codes[:-period]
         if np.count_nonzero(equal) < least:
             continue
-        run = int(np.diff(np.flatnonzero(~equal), prepend=-1, append=len(equal)).max()) - 1
-        if run >= least:
-            longest = run + period
+        breaks = np.concatenate([[-1], np.flatnonzero(~equal), [len(equal)]])
+        runs = np.diff(breaks) - 1
+        for i in np.flatnonzero(runs >= least):
+            start = breaks[i] + 1
+            if of_signs or any(char.isalpha() for char in flat[start : start + period]):
+                longest = max(longest, int(runs[i]) + period)
     return longest / max(1, len(flat))
 
 
@@ -163,21 +170,51 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def _is_empty(text: str) -> bool:
-    return not any(char.isprintable() and not char.isspace() for char in text)
+# --- the rules ----------------------------------------------------------------------------------------------
+
+
+def _is_empty(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    return not any(char.isprintable() and not char.isspace() for char in candidate.text)
+
+
+def _is_same(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    return _flat(candidate.text) == _flat(record.rejected)
+
+
+def _is_near(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    most = sampling.max_similarity
+    return most < 1 and similarity(candidate.text, record.rejected) > most
+
+
+def _repeats(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    # Of a reply that ends by itself, rows of digits or signs may be meant: an identity matrix is one.
+    of_signs = candidate.finish_reason == "length"
+    return sampling.max_repetition < 1 and repetition(candidate.text, of_signs) > sampling.max_repetition
+
+
+def _speaks(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    if sampling.other_speakers == "keep":
+        return False
+    return candidate.control_token is not None or speaks_for_another(candidate.text, record)
+
+
+def _is_cut(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    return sampling.on_cut != "keep" and candidate.finish_reason == "length"
+
+
+def _is_foreign(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+    return sampling.same_language and speaks_another_language(candidate.text, record)
 
 
 Rule = Callable[[Candidate, DsatRecord, SamplingConfig], bool]
 
-# In this order. The cut comes last but one for what can be told of its text: a loop that ran into the limit is a loop.
+# In this order: a loop that ran into the limit counts as a loop, not as a cut.
 RULES: Mapping[str, Rule] = {
-    EMPTY: lambda c, record, s: _is_empty(c.text),
-    SAME: lambda c, record, s: _flat(c.text) == _flat(record.rejected),
-    NEAR: lambda c, record, s: s.max_similarity < 1 and similarity(c.text, record.rejected) > s.max_similarity,
-    REPEATS: lambda c, record, s: s.max_repetition < 1 and repetition(c.text) > s.max_repetition,
-    SPEAKER: lambda c, record, s: (
-        s.other_speakers == "drop" and (c.control_token is not None or speaks_for_another(c.text, record))
-    ),
-    CUT: lambda c, record, s: s.on_cut != "keep" and c.finish_reason == "length",
-    LANGUAGE: lambda c, record, s: s.same_language and speaks_another_language(c.text, record),
+    EMPTY: _is_empty,
+    SAME: _is_same,
+    NEAR: _is_near,
+    REPEATS: _repeats,
+    SPEAKER: _speaks,
+    CUT: _is_cut,
+    LANGUAGE: _is_foreign,
 }
