@@ -72,7 +72,7 @@ class Manifest:
                 raise StageError(
                     f"stage {stage} in {self.path.parent} was made with other values:\n"
                     + "\n".join(f"  {problem}" for problem in problems)
-                    + "\nSet them back, or give a new run directory with --run-dir."
+                    + "\nSet them back, or give a new directory with --run-dir or --out."
                 )
             return entry["finished"] is not None
         entry = {
@@ -144,11 +144,16 @@ class RunLock:
         self.path = run_dir / ".lock"
 
     def acquire(self) -> None:
-        """Raises `StageError` when another process has it."""
+        """Raises `StageError` when another process has it, or no directory can be made."""
         import fcntl
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+")
+        except OSError as error:
+            raise StageError(
+                f"cannot write to the directory {self.path.parent}: {error.strerror}. Give another one."
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -167,9 +167,9 @@ def test_an_interrupted_sampling_goes_on_from_its_journal(
         file.write('{"id": "d7", "samp')
     counted = []
 
-    def count(self: object, requests: list, params: object, on_batch: object) -> None:
+    def count(self: object, requests: list, params: object, on_batch: object) -> list:
         counted.append(len(requests))
-        real(self, requests, params, on_batch)
+        return real(self, requests, params, on_batch)
 
     monkeypatch.setattr(sample_stages.LocalSampler, "sample", count)
     sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), out, quiet, "job")
