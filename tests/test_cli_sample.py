@@ -37,7 +37,7 @@ def test_of_two_completions_the_likelier_is_chosen(drift: Drift, base: Path) -> 
     assert (
         shown[0].startswith("  prompt: Tell me a story about number") and "  complaint: That is too short" in shown[1]
     )
-    assert "sampling cut ones: " in out and "/s, done in " in out
+    assert "sampling cut ones again: " in out and "/s, done in " in out
     tokenizer = load_tokenizer(base / "model")
     completions = rows_by_record(base / "out")
     for row in (row for rows in completions.values() for row in rows):
@@ -67,7 +67,7 @@ def resume(drift: Drift, base: Path) -> None:
     (left / "completions.partial.jsonl").write_bytes(b"".join(reversed(kept)) + rows[0][:30])
     code, out, err = drift(*words(base, left))
     assert code == 0, err
-    assert "sampling: 0/0 rows" in out and f"sampling cut ones: {len(rows) - len(kept)}/" in out
+    assert "sampling: 0/0 rows" in out and f"sampling cut ones again: {len(rows) - len(kept)}/" in out
     strip = ("mean_logp",)  # other rows were decoded beside: last digits may differ
     ours, theirs = (
         [{k: v for k, v in row.items() if k not in strip} for row in read_rows(path / "completions.jsonl")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from drift_jax.errors import DataError, StageError
 from drift_jax.files import write_jsonl
 from drift_jax.progress import stage_progress
 from drift_jax.records import DsatRecord
-from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
+from drift_jax.sampling.base import Completion, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
 from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.inputs import (
@@ -63,38 +63,28 @@ def sample_stage(
         StageTimer() as timer,
     ):
         on_each(lambda: _refuse_foreign(journals.rows.values(), job, out_dir))
-        # (id, sample) -> whether it was cut by length, of what any host has.
-        cut = {
-            (name, sample): was_cut
-            for rows in gather([[*key, row["finish_reason"] == "length"] for key, row in journals.rows.items()])
-            for name, sample, was_cut in rows
-        }
+        cut = _known_cuts(journals)
         dtype = config.sampling.compute_dtype
         policy = open_policy(model_dir, layout, dtype, dtype, console)
+        sampler = LocalSampler(policy, config.sampling.batch_size)
         by_id = {record.id: record for record in mine}
+
+        def keep(completions: list[Completion]) -> dict[str, str]:
+            rows = [_completion_row(c, tokenizer, config.sampling.chooser == "logprob", job) for c in completions]
+            journals.append(rows)
+            timer.count_tokens(sum(len(c.token_ids) for c in completions))
+            return _example(by_id[rows[-1]["id"]], rows[-1]["text"], config.sampling.style)
 
         def draw(wanted: list[SampleRequest], what: str) -> None:
             missing = [r for r in wanted if (r.row_id, r.sample) not in cut]
-            with stage_progress(what, len(missing), "rows", console=console) as bar:
+            what += f", 1 of {jax.process_count()} hosts" if per_host else ""
+            completions = _draw(sampler, missing, params, keep, what, console)
+            cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
 
-                def keep(completions: list[Completion]) -> None:
-                    rows = [
-                        _completion_row(c, tokenizer, config.sampling.chooser == "logprob", job) for c in completions
-                    ]
-                    journals.append(rows)
-                    timer.count_tokens(sum(len(c.token_ids) for c in completions))
-                    bar.advance(len(rows))
-                    bar.show_sample(_shown(by_id[rows[-1]["id"]], rows[-1]["text"], config.sampling.style))
-
-                for c in LocalSampler(policy, config.sampling.batch_size).sample(missing, params, keep):
-                    cut[c.row_id, c.sample] = c.finish_reason == "length"
-
-        what = f", 1 of {jax.process_count()} hosts" if per_host else ""
-        draw(requests, "sampling" + what)
+        draw(requests, "sampling")
         if config.sampling.on_cut == "resample":
-            draw(
-                [_second(r, config.sampling.n) for r in requests if cut[r.row_id, r.sample]], "sampling cut ones" + what
-            )
+            again = [_second(r, config.sampling.n) for r in requests if cut[r.row_id, r.sample]]
+            draw(again, "sampling cut ones again")
         count = _merge(journals, records, config.sampling.n, out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
@@ -120,6 +110,31 @@ def _merge(journals: Journals, records: Sequence[DsatRecord], samples: int, out_
     on_main(lambda: write_jsonl(out_dir / "completions.jsonl", rows))
     journals.remove()
     return len(rows)
+
+
+def _known_cuts(journals: Journals) -> dict[tuple[str, int], bool]:
+    """(id, sample) -> whether it was cut by length, of the completions that any host has."""
+    mine = [[*key, row["finish_reason"] == "length"] for key, row in journals.rows.items()]
+    return {(name, sample): was_cut for rows in gather(mine) for name, sample, was_cut in rows}
+
+
+def _draw(
+    sampler: Sampler,
+    missing: list[SampleRequest],
+    params: SamplingParams,
+    keep: Callable[[list[Completion]], dict[str, str]],
+    what: str,
+    console: Console,
+) -> list[Completion]:
+    """Samples under a progress bar; `keep` stores completions as they come and gives an example to show."""
+    with stage_progress(what, len(missing), "rows", console=console) as bar:
+
+        def on_batch(completions: list[Completion]) -> None:
+            example = keep(completions)
+            bar.advance(len(completions))
+            bar.show_sample(example)
+
+        return sampler.sample(missing, params, on_batch)
 
 
 def _second(request: SampleRequest, samples: int) -> SampleRequest:
@@ -163,7 +178,7 @@ def _refuse_foreign(rows: Iterable[Mapping[str, Any]], job: str, out_dir: Path) 
         )
 
 
-def _shown(record: DsatRecord, reply: str, style: str) -> dict[str, str]:
+def _example(record: DsatRecord, reply: str, style: str) -> dict[str, str]:
     """What a person sees of a completion while sampling goes on."""
     complaint = {} if style == "unguided" else {"complaint": record.user_preference}
     return {"prompt": record.prompt[-1].content, **complaint, "sampled": reply}
