@@ -110,7 +110,6 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(tmp_path: Path, jo
     server.start([*job, str(out)], log)
     assert server.wait() == 0, log.read_text()
     total = len(read_rows(whole / "completions.jsonl"))
-    print(rows_at, total)
     assert rows_at == sorted(rows_at) and rows_at[-1] < total, "a kill lost rows, or came when all was sampled"
     assert len(set(rows_at)) > SAMPLING_KILLS // 2, f"kills did not hit the middle of sampling: {rows_at}"
     for name in RESULTS:
@@ -123,7 +122,7 @@ def wait_and_kill(pid: int, journal: Path, chance: random.Random) -> None:
     """SIGKILL at a random moment: while it starts, or some batches and milliseconds after its first row."""
     process = os.pidfd_open(pid)
     seen = size_of(journal)
-    batches = chance.choice([0, 1, 1, 2, 3])
+    batches = chance.choice([0, 1, 2, 4, 5])
     if batches == 0:
         over(process, chance.uniform(0, 1.5))
     while batches and not over(process, 0.0005):
