@@ -93,13 +93,37 @@ class SamplingConfig:
     temperature: NonNegativeFloat = 0.7  # 0 is greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: NonNegativeInt = 0  # 0: off
-    n: PositiveInt = 1  # completions per prompt; the first usable one becomes the chosen response
+    n: PositiveInt = 1  # completions per prompt; of those that the rules below let pass, `chooser` picks one
+    chooser: Literal["first", "longest_within", "logprob", "judge"] = "first"  # logprob: highest mean, in nats a token
+    longest_within: PositiveInt = 512  # tokens; chooser longest_within takes the longest completion of at most these
+    on_cut: Literal["keep", "drop", "resample"] = "keep"  # of max_new_tokens without an end; resample: once, then drop
+    max_similarity: Share = 0.95  # to the rejected response, in characters; above it dropped; 1: only equal ones
+    max_repetition: Share = (
+        0.3  # of a completion's characters in one phrase repeated in a row; above it dropped; 1: off
+    )
+    other_speakers: Literal["drop", "keep"] = "drop"  # completions that go on as "User:" or the like
+    same_language: bool = False  # drop completions in another language than the user's; extra `language`
     max_new_tokens: PositiveInt = 512
     max_input_length: PositiveInt = 2048  # tokens; a longer sampling prompt keeps its END
     batch_size: PositiveInt = 16  # rows decoded together
     per_host: bool | None = None  # each host samples its share with a whole policy; null: where one fits a host
     compute_dtype: DType = "bfloat16"
     seed: int = 42
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """A model behind an OpenAI-compatible server that compares completions (`sampling.chooser: judge`)."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    base_url: str = ""  # with its /v1, such as http://127.0.0.1:8000/v1
+    model: str = ""  # as the server names it
+    api_key_env: str = ""  # the environment variable with the API key; empty: the server asks for none
+    temperature: NonNegativeFloat = 0.0
+    max_tokens: PositiveInt = 512  # of a verdict
+    timeout_s: PositiveFloat = 120.0  # seconds for a verdict; one that fails is asked for five times
+    concurrency: PositiveInt = 8  # verdicts asked for at a time
 
 
 @dataclass(frozen=True)
@@ -198,6 +222,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -309,6 +334,14 @@ def check_config(config: RunConfig) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor", "sequence")}
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         problems.append(f"mesh sizes must be positive and at most one of them -1 (what is left), found {sizes}.")
+    sampling = config.sampling
+    if sampling.chooser != "first" and sampling.n == 1:
+        problems.append(
+            f"sampling.chooser ({sampling.chooser}) picks one of sampling.n (1) completions: raise sampling.n to 2 or "
+            "more, or leave the chooser at first."
+        )
+    if sampling.chooser == "judge" and not (config.judge.base_url and config.judge.model):
+        problems.append("sampling.chooser is judge: name its server and model in judge.base_url and judge.model.")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -332,6 +365,7 @@ _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "recipe": RecipeConfig,
     "sampling": SamplingConfig,
+    "judge": JudgeConfig,
     "train": TrainConfig,
     "mesh": MeshConfig,
     "checkpoint": CheckpointConfig,

@@ -30,7 +30,7 @@ def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         _remove(temporary)
         raise StageError(
@@ -69,8 +69,15 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync_directory(path: Path) -> None:
-    # Makes the rename itself survive a power cut; some file systems do not offer it, which is no error.
+def remove_leftovers(directory: Path) -> None:
+    """Removes temporary files of writers that were killed; for a process that is alone in `directory`."""
+    for path in directory.glob(".*.tmp"):
+        if path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
+            _remove(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names in a directory survive a power cut; some file systems do not offer it, which is no error."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

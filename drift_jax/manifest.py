@@ -17,7 +17,7 @@ from typing import Any, final
 
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
-from drift_jax.files import write_json
+from drift_jax.files import remove_leftovers, write_json
 
 MANIFEST_FILE = "manifest.json"
 # Files of a model directory that change what the model computes or how text becomes ids.
@@ -72,7 +72,7 @@ class Manifest:
                 raise StageError(
                     f"stage {stage} in {self.path.parent} was made with other values:\n"
                     + "\n".join(f"  {problem}" for problem in problems)
-                    + "\nSet them back, or give a new run directory with --run-dir."
+                    + "\nSet them back, or give a new directory with --run-dir or --out."
                 )
             return entry["finished"] is not None
         entry = {
@@ -144,11 +144,16 @@ class RunLock:
         self.path = run_dir / ".lock"
 
     def acquire(self) -> None:
-        """Raises `StageError` when another process has it."""
+        """Raises `StageError` when another process has it, or no directory can be made."""
         import fcntl
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+")
+        except OSError as error:
+            raise StageError(
+                f"cannot write to the directory {self.path.parent}: {error.strerror}. Give another one."
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -156,8 +161,9 @@ class RunLock:
             owner = self._file.read().strip() or "unknown"
             self._file.close()
             raise StageError(
-                f"{self.path.parent} is in use by process {owner}. Wait for it, or give another --run-dir."
+                f"{self.path.parent} is in use by process {owner}. Wait for it, or give another directory."
             ) from None
+        remove_leftovers(self.path.parent)
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

@@ -17,6 +17,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column, Table
 from rich.text import Text
 
+_SECONDS_BETWEEN_SAMPLES = 60.0
+_SAMPLE_LINES, _SAMPLE_WIDTH = 6, 500  # at most so many lines and characters
+
 
 class StageProgress(abc.ABC):
     """Counts the units (rows, updates, ...) of one stage; made by `stage_progress`."""
@@ -27,6 +30,7 @@ class StageProgress(abc.ABC):
         self.text = ""
         self._clock = clock
         self._start = clock()
+        self._last_sample: float | None = None
         self._marks: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=50)
 
     def advance(self, count: int = 1, text: str | None = None) -> None:
@@ -68,8 +72,26 @@ class StageProgress(abc.ABC):
     def _line(self, times: str) -> str:
         return f"{self.count}/{self.total} {self.unit}, {times}" + (f", {self.text}" if self.text else "")
 
+    def show_sample(self, parts: Mapping[str, str]) -> None:
+        """Prints an example of what is being made, such as {"prompt": ..., "sampled": ...}: the first and one a minute.
+
+        Of the last text the first lines are shown, of those before it the last line only.
+        """
+        now = self._clock()
+        if self._last_sample is not None and now - self._last_sample < _SECONDS_BETWEEN_SAMPLES:
+            return
+        self._last_sample = now
+        *above, (name, text) = parts.items()
+        last_lines = {key: printable(value).rpartition("\n")[2] for key, value in above}
+        shown = {key: line if len(line) <= 100 else f"{line[:97]}..." for key, line in last_lines.items()}
+        shown[name] = printable(text[:_SAMPLE_WIDTH], _SAMPLE_LINES).replace("\n", "\n    ")
+        self._print("\n  ".join([f"{self.description}, an example", *map(": ".join, shown.items())]))
+
     @abc.abstractmethod
     def _show(self) -> None: ...
+
+    @abc.abstractmethod
+    def _print(self, text: str) -> None: ...
 
 
 class _BarProgress(StageProgress):
@@ -82,6 +104,9 @@ class _BarProgress(StageProgress):
 
     def _show(self) -> None:
         self._bar.update(self._task, completed=self.count)
+
+    def _print(self, text: str) -> None:
+        self._bar.console.print(Text(text), soft_wrap=True)  # above the bar
 
 
 class _StatusColumn(ProgressColumn):
@@ -116,7 +141,10 @@ class _LineProgress(StageProgress):
             self.print_line(self.status())
 
     def print_line(self, text: str) -> None:
-        self._console.print(f"{self.description}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._print(f"{self.description}: {text}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -153,6 +181,12 @@ def stage_progress(
         word = "done in"
     finally:
         lines.print_line(lines.ending(word))
+
+
+def printable(text: str, lines: int | None = None) -> str:
+    """Text of a model for a terminal: no control characters, which could move the cursor, and at most so many lines."""
+    kept = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
+    return "\n".join(kept.splitlines()[:lines])
 
 
 def _clock_text(seconds: float | None) -> str:

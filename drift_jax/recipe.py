@@ -12,10 +12,9 @@ was interrupted, and refuses what was made with another config (`manifest.py`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -26,20 +25,21 @@ from rich.panel import Panel
 from rich.text import Text
 
 from drift_jax.config import RunConfig, config_to_yaml
-from drift_jax.distributed import is_main, on_each, on_main
+from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
-from drift_jax.manifest import Manifest, RunLock
+from drift_jax.manifest import Manifest
 from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
-from drift_jax.progress import StageSummary, summary_markdown, summary_table
+from drift_jax.progress import StageSummary, printable, summary_markdown, summary_table
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, check_batch
 from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.export import export_stage
-from drift_jax.stages.identity import export_identity, sample_identity, train_identity
-from drift_jax.stages.inputs import Summary, load_dsat_split, open_tokenizer
-from drift_jax.stages.sample import pair_stage, sample_stage
+from drift_jax.stages.identity import export_identity, sample_identity, sampling_job, train_identity
+from drift_jax.stages.inputs import Summary, load_dsat_split, open_tokenizer, run_lock
+from drift_jax.stages.pair import check_choosing, pair_stage
+from drift_jax.stages.sample import sample_stage
 from drift_jax.stages.showcase import showcase_stage
 from drift_jax.telemetry import check_trackers, peak_rss_gib
 
@@ -71,24 +71,13 @@ def run(config: RunConfig, console: Console) -> Path:
     return policy
 
 
-@contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other runs out of the directory; process 0 holds the lock for all of its run."""
-    lock = RunLock(run_dir)
-    on_main(lambda: lock.acquire())
-    try:
-        yield
-    finally:
-        if is_main():
-            lock.release()
-
-
 def check_run(config: RunConfig, model_dir: Path) -> None:
     """Finds what would stop a later stage before the first one has cost any time.
 
     Raises:
       DriftError: the mesh does not fit the devices, the batches or the model; the tokenizer does not fit the model;
-        a tracker is not installed; an input file is missing or has bad rows.
+        a tracker or what a rule of `sampling` needs is not installed; the judge's key is not set; an input file is
+        missing or has bad rows.
     """
     layout = build_layout(config.mesh)
     check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
@@ -99,6 +88,7 @@ def check_run(config: RunConfig, model_dir: Path) -> None:
         read_pairs(path, config.data.on_bad_row)
     if config.recipe.iterations:
         load_dsat_split(config, config.data.dsat)
+        check_choosing(config)
 
 
 @final
@@ -128,11 +118,10 @@ class Recipe:
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
         dsat = Path(self.config.data.dsat)
         keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, dsat))
-        self._stage(
-            f"{name}/sample", keys, inputs, lambda: sample_stage(self.config, policy, str(dsat), out_dir, self.console)
-        )
-        policy_hash = inputs["policy"]
-        pair = partial(pair_stage, self.config, policy_hash, str(dsat), out_dir)
+        job = sampling_job(self.config, inputs)
+        sample = partial(sample_stage, self.config, policy, str(dsat), out_dir, self.console, job)
+        self._stage(f"{name}/sample", keys, inputs, sample)
+        pair = partial(pair_stage, self.config, inputs["policy"], str(dsat), out_dir, self.console)
         self._stage(f"{name}/pair", keys, inputs, lambda: on_main(pair))
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
         pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
@@ -153,7 +142,7 @@ class Recipe:
             answers = on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
         self.console.print(summary_table(self.rows, title=f"{self.run_dir}"))
         for answer in answers:
-            before, after = (_printable(answer[when]) for when in ("before", "after"))
+            before, after = (printable(answer[when], lines=12) for when in ("before", "after"))
             text = Text.assemble(("before  ", "dim"), before, "\n\n", ("after   ", "bold"), after)
             self.console.print(Panel(text, title=Text(answer["prompt"]), title_align="left"))
         text = summary_markdown(self.rows)
@@ -215,9 +204,3 @@ class Recipe:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stage": stage, "event": event}
         with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _printable(text: str, lines: int = 12) -> str:
-    """Text of a model for a terminal: no control characters, which could move the cursor, and not too many lines."""
-    kept = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
-    return "\n".join(kept.splitlines()[:lines])

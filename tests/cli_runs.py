@@ -14,6 +14,7 @@ import yaml
 from drift_jax.cli import main
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 
+REPO = Path(__file__).resolve().parent.parent
 Drift = Callable[..., tuple[int, str, str]]
 
 

@@ -40,8 +40,11 @@ data.dsat data.seed_train data.seed_test data.test_rows data.max_rows data.max_l
 data.template data.eos data.truncation data.on_bad_row
 recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
+sampling.chooser sampling.longest_within sampling.on_cut sampling.max_similarity sampling.max_repetition
+sampling.other_speakers sampling.same_language
 sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.per_host
 sampling.compute_dtype sampling.seed
+judge.base_url judge.model judge.api_key_env judge.temperature judge.max_tokens judge.timeout_s judge.concurrency
 train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_tokens train.group_size
 train.epochs train.max_steps train.batch_size
 train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate
@@ -54,7 +57,7 @@ mesh.data mesh.fsdp mesh.tensor mesh.sequence mesh.strategy mesh.rules
 checkpoint.every_steps checkpoint.keep
 export.dtype export.max_shard_gib
 tracking.log_every tracking.trackers tracking.project
-""".split()  # noqa: SIM905 - a list of 71 lines would hide the sections
+""".split()  # noqa: SIM905 - a list of 90 lines would hide the sections
 
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "model": {"path": "somewhere"}}
 
@@ -143,6 +146,8 @@ def test_a_key_of_several_types_is_named_in_one_line(section: str, key: str, val
         ),
         ({"mesh": {"data": -1, "fsdp": -1}}, ("mesh", "'data': -1", "'fsdp': -1", "at most one of them -1")),
         ({"mesh": {"tensor": 0}}, ("mesh", "'tensor': 0", "must be positive")),
+        ({"sampling": {"chooser": "logprob"}}, ("sampling.chooser (logprob)", "sampling.n (1)", "raise sampling.n")),
+        ({"sampling": {"chooser": "judge", "n": 2}}, ("sampling.chooser is judge", "judge.base_url and judge.model")),
     ],
 )
 def test_impossible_values_come_with_both_numbers_and_the_remedy(

@@ -84,6 +84,38 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
     assert "━ " in last and " train iter_1: 3/4 steps, 0.5/s, 0:06 gone, 0:02 left, loss [0.5]" in last
 
 
+UGLY = {"prompt": "Hi\n\nSort [1, 2].  \n", "complaint": "x" * 200, "sampled": "One\x1b[2J\n\u202etwo" + "\nline" * 9}
+
+
+def test_an_example_is_shown_now_and_then_and_can_be_read() -> None:
+    clock, console = Clock(), log_console()
+    with stage_progress("sampling", 9, "rows", console=console, clock=clock) as bar:
+        for second in range(180):
+            clock.now += 1
+            bar.show_sample(UGLY | {"prompt": f"{UGLY['prompt']}{second}"})
+    lines = written(console)
+    assert [line.strip() for line in lines if line.startswith("  prompt")] == ["prompt: 0", "prompt: 60", "prompt: 120"]
+    assert lines[:6] == [
+        "sampling, an example",
+        "  prompt: 0",
+        f"  complaint: {'x' * 97}...",
+        "  sampled: One\N{REPLACEMENT CHARACTER}[2J",
+        "    \N{REPLACEMENT CHARACTER}two",
+        "    line",
+    ]
+    assert all(line.isprintable() for line in lines) and sum(line == "    line" for line in lines) == 3 * 4
+
+
+def test_an_example_stands_above_the_bar_of_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    with stage_progress("sampling", 9, "rows", console=console, clock=Clock()) as bar:
+        bar.show_sample(UGLY)
+        bar.advance(3)
+    text = "\n".join(written(console))
+    assert "  prompt: Sort [1, 2]." in text and "\x1b[2J" not in text
+    assert text.index("sampled: One") < text.rindex("sampling: 3/9 rows")
+
+
 def test_an_empty_stage_and_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     console = log_console()
     with stage_progress("sample", 0, "rows", console=console, clock=Clock()):

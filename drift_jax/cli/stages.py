@@ -65,21 +65,28 @@ def sample(
 ) -> None:
     """Samples chosen responses for DSAT records and writes pairs.train.jsonl and pairs.test.jsonl."""
     from drift_jax.manifest import Manifest
-    from drift_jax.stages.identity import sample_identity
-    from drift_jax.stages.inputs import load_dsat_split
-    from drift_jax.stages.sample import pair_stage, sample_stage
+    from drift_jax.stages.identity import sample_identity, sampling_job
+    from drift_jax.stages.inputs import load_dsat_split, open_tokenizer, run_lock
+    from drift_jax.stages.pair import check_choosing, pair_stage
+    from drift_jax.stages.sample import sample_stage
 
     refuse_handbook(config)
     resolved = load_config(config, changes_of(overrides, on_bad_row))
-    console, manifest = build_console(), Manifest(out)
+    console = build_console()
     model_dir = on_each(lambda: resolve(model, resolved))
-    on_main(lambda: load_dsat_split(resolved, str(input)) and None)  # bad rows are refused before anything is written
-    keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
-    if not on_main(lambda: manifest.enter("sample", keys, inputs)):
-        summary = sample_stage(resolved, model_dir, str(input), out, console)
-        summary |= on_main(lambda: pair_stage(resolved, inputs["policy"], str(input), out))
-        on_main(lambda: manifest.finish("sample", summary))
-    console.print_json(data=on_main(lambda: manifest.summary("sample")))
+    # All that the user can mend is refused before anything is written.
+    on_main(lambda: check_choosing(resolved))
+    on_main(lambda: open_tokenizer(model_dir) and None)
+    on_main(lambda: load_dsat_split(resolved, str(input)) and None)
+    with run_lock(out):
+        manifest = on_each(lambda: Manifest(out))
+        keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
+        if not on_main(lambda: manifest.enter("sample", keys, inputs)):
+            job = sampling_job(resolved, inputs)
+            summary = sample_stage(resolved, model_dir, str(input), out, console, job)
+            summary |= on_main(lambda: pair_stage(resolved, inputs["policy"], str(input), out, console))
+            on_main(lambda: manifest.finish("sample", summary))
+        console.print_json(data=on_main(lambda: manifest.summary("sample")))
 
 
 def train(

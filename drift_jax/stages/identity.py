@@ -5,6 +5,8 @@ Other keys (mesh, remat, checkpoint, tracking, batch sizes without gradient) may
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,35 @@ _SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row
 _TOKEN_KEYS = ("data.max_length", "data.max_prompt_length", "data.template", "data.eos", "data.truncation")
 _TRAIN_KEYS = ("train.", *_TOKEN_KEYS, "data.on_bad_row", "model.compute_dtype", "model.pad_embedding")
 _NOT_SHAPING = ("sampling.batch_size", "sampling.per_host", "train.eval_batch_size", "train.eval_every")
+_JUDGE_KEYS = ("judge.model", "judge.temperature", "judge.max_tokens")  # where the server is shapes nothing
+# What a single completion depends on, beside policy and records.
+_DRAW_KEYS = (
+    "sampling.engine",
+    "sampling.style",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.top_k",
+    "sampling.max_new_tokens",
+    "sampling.max_input_length",
+    "sampling.compute_dtype",
+    "sampling.seed",
+)
 
 Identity = tuple[dict[str, Any], dict[str, str]]  # (config keys, input hashes)
 
 
 def sample_identity(config: RunConfig, manifest: Manifest, policy: Path, dsat: Path) -> Identity:
     """Of the sample and the pair stage."""
-    keys = config_slice(config, _SAMPLE_KEYS, _NOT_SHAPING)
+    judge = _JUDGE_KEYS if config.sampling.chooser == "judge" else ()
+    keys = config_slice(config, (*_SAMPLE_KEYS, *judge), _NOT_SHAPING)
     return keys, {"dsat": manifest.file_hash(dsat), "policy": manifest.model_hash(policy)}
+
+
+def sampling_job(config: RunConfig, inputs: dict[str, str]) -> str:
+    """A hash of all that completions depend on: of the same job they are the same. `inputs`: of `sample_identity`."""
+    # n counts for what second draws are called.
+    values = [config_slice(config, (*_DRAW_KEYS, "sampling.n")), inputs]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def train_identity(config: RunConfig, manifest: Manifest, job: TrainJob) -> Identity:

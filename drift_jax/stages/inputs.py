@@ -1,4 +1,4 @@
-"""What several stages open: DSAT records, tokenizers, policies."""
+"""What several stages open: DSAT records, tokenizers, policies, and the directory that no other run may be in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.data.tokenizer import ChatTokenizer, check_vocab, load_tokenizer
+from drift_jax.distributed import is_main, on_main
 from drift_jax.errors import DataError
+from drift_jax.manifest import RunLock
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.progress import stage_progress
@@ -67,6 +69,22 @@ def open_policy(model_dir: Path, layout: Layout, compute_dtype: str, param_dtype
             bars[0].advance(min(round(size / 10**6), bars[0].total - bars[0].count))
 
         return load_policy(model_dir, layout, compute_dtype, param_dtype, advance)
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Keeps other runs out of the directory; process 0 holds the lock for all of its run.
+
+    Raises:
+      StageError: another process has it.
+    """
+    lock = RunLock(run_dir)
+    on_main(lambda: lock.acquire())
+    try:
+        yield
+    finally:
+        if is_main():
+            lock.release()
 
 
 def report_refused(refused: list[str], config: RunConfig) -> None:

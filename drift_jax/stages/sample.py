@@ -1,10 +1,10 @@
-"""Sampling chosen responses, and joining them with the logged ones."""
+"""Sampling candidates for the chosen responses from the policy."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from drift_jax.config import RunConfig
 from drift_jax.data.prompts import build_sampling_prompt
 from drift_jax.data.tokenizer import ChatTokenizer
 from drift_jax.distributed import gather, gather_packed, on_each, on_main
-from drift_jax.errors import DataError
-from drift_jax.files import write_json, write_jsonl
+from drift_jax.errors import DataError, StageError
+from drift_jax.files import write_jsonl
 from drift_jax.progress import stage_progress
-from drift_jax.records import DsatRecord, Pair, pair_to_row
-from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
+from drift_jax.records import DsatRecord
+from drift_jax.sampling.base import Completion, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
 from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.inputs import (
@@ -29,15 +29,25 @@ from drift_jax.stages.inputs import (
     open_tokenizer,
     report_refused,
 )
-from drift_jax.stages.journal import Journals, open_journals, read_rows
+from drift_jax.stages.journal import Journals, open_journals
 from drift_jax.telemetry import StageTimer
 
 
-def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Path, console: Console) -> Summary:
+def sample_stage(
+    config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Path, console: Console, job: str
+) -> Summary:
     """Samples `sampling.n` completions for every DSAT record from the policy in `model_dir`.
+
+    With `sampling.on_cut: resample`, sample i that was cut by length is drawn once more, as sample n + i.
 
     Of several hosts each makes prompts and completions of its share of the records, where the policy fits on one; the
     results are merged in the order of the records, also what an interrupted run on other hosts has left.
+
+    Args:
+      job: what the completions are drawn by (`identity.sampling_job`).
+
+    Raises:
+      StageError: `out_dir` holds completions of another job, or another process writes there.
     """
     split = on_each(lambda: load_dsat_split(config, dsat_path))
     tokenizer = open_tokenizer(model_dir)
@@ -52,20 +62,29 @@ def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Pa
         on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,
         StageTimer() as timer,
     ):
-        known = {tuple(key) for keys in gather(list(journals.rows)) for key in keys}
-        missing = [r for r in requests if (r.row_id, r.sample) not in known]
+        on_each(lambda: _refuse_foreign(journals.rows.values(), job, out_dir))
+        cut = _known_cuts(journals)
         dtype = config.sampling.compute_dtype
         policy = open_policy(model_dir, layout, dtype, dtype, console)
-        what = f"sampling, 1 of {jax.process_count()} hosts" if per_host else "sampling"
-        with stage_progress(what, len(missing), "rows", console=console) as bar:
+        sampler = LocalSampler(policy, config.sampling.batch_size)
+        by_id = {record.id: record for record in mine}
 
-            def keep(completions: list[Completion]) -> None:
-                rows = [_completion_row(c, tokenizer) for c in completions]
-                journals.append(rows)
-                timer.count_tokens(sum(len(c.token_ids) for c in completions))
-                bar.advance(len(rows), _shorten(rows[-1]["text"]))
+        def keep(completions: list[Completion]) -> dict[str, str]:
+            rows = [_completion_row(c, tokenizer, config.sampling.chooser == "logprob", job) for c in completions]
+            journals.append(rows)
+            timer.count_tokens(sum(len(c.token_ids) for c in completions))
+            return _example(by_id[rows[-1]["id"]], rows[-1]["text"], config.sampling.style)
 
-            LocalSampler(policy, config.sampling.batch_size).sample(missing, params, keep)
+        def draw(wanted: list[SampleRequest], what: str) -> None:
+            missing = [r for r in wanted if (r.row_id, r.sample) not in cut]
+            what += f", 1 of {jax.process_count()} hosts" if per_host else ""
+            completions = _draw(sampler, missing, params, keep, what, console)
+            cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
+
+        draw(requests, "sampling")
+        if config.sampling.on_cut == "resample":
+            again = [_second(r, config.sampling.n) for r in requests if cut[r.row_id, r.sample]]
+            draw(again, "sampling cut ones again")
         count = _merge(journals, records, config.sampling.n, out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
@@ -86,21 +105,83 @@ def _merge(journals: Journals, records: Sequence[DsatRecord], samples: int, out_
     """Writes what all hosts have sampled, in the order of the records; the journals can go then."""
     shares = gather_packed(list(journals.rows.values()), lambda rows: json.dumps(rows).encode(), json.loads)
     done = {(row["id"], row["sample"]): row for share in shares for row in share}
-    keys = [(record.id, sample) for record in records for sample in range(samples)]
+    keys = [(record.id, sample) for record in records for sample in range(2 * samples)]  # second draws included
     rows = [done[key] for key in keys if key in done]
     on_main(lambda: write_jsonl(out_dir / "completions.jsonl", rows))
     journals.remove()
     return len(rows)
 
 
-def _completion_row(completion: Completion, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    return {
+def _known_cuts(journals: Journals) -> dict[tuple[str, int], bool]:
+    """(id, sample) -> whether it was cut by length, of the completions that any host has."""
+    mine = [[*key, row["finish_reason"] == "length"] for key, row in journals.rows.items()]
+    return {(name, sample): was_cut for rows in gather(mine) for name, sample, was_cut in rows}
+
+
+def _draw(
+    sampler: Sampler,
+    missing: list[SampleRequest],
+    params: SamplingParams,
+    keep: Callable[[list[Completion]], dict[str, str]],
+    what: str,
+    console: Console,
+) -> list[Completion]:
+    """Samples under a progress bar; `keep` stores completions as they come and gives an example to show."""
+    with stage_progress(what, len(missing), "rows", console=console) as bar:
+
+        def on_batch(completions: list[Completion]) -> None:
+            example = keep(completions)
+            bar.advance(len(completions))
+            bar.show_sample(example)
+
+        return sampler.sample(missing, params, on_batch)
+
+
+def _second(request: SampleRequest, samples: int) -> SampleRequest:
+    return SampleRequest(request.row_id, samples + request.sample, request.prompt_ids)
+
+
+def _completion_row(completion: Completion, tokenizer: ChatTokenizer, logps: bool, job: str) -> dict[str, Any]:
+    """The row of a completion, in the journal as in completions.jsonl.
+
+    Log-probs are left out but for the mean that a chooser asked for: their last digits may depend on the rows that
+    were decoded beside, and a run that was interrupted is to leave the same file.
+    """
+    row: dict[str, Any] = {
         "id": completion.row_id,
         "sample": completion.sample,
         "text": tokenizer.decode(completion.token_ids),
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
+        "request": request_key(job, completion.row_id, completion.sample),
     }
+    if logps:
+        row["mean_logp"] = round(sum(completion.token_logps) / len(completion.token_logps), 6)  # nats
+    hidden = completion.token_ids[: len(completion.token_ids) - (completion.finish_reason == "stop")]
+    strays = [i for i in hidden if i in tokenizer.control_ids and not tokenizer.decode([i])]
+    if strays:
+        row["control_token"] = tokenizer.decode(strays[:1], skip_special=False)
+    return row
+
+
+def request_key(job: str, row_id: str, sample: int) -> str:
+    """16 hex digits that name one request of one job."""
+    return hashlib.sha256(json.dumps([job, row_id, sample]).encode()).hexdigest()[:16]
+
+
+def _refuse_foreign(rows: Iterable[Mapping[str, Any]], job: str, out_dir: Path) -> None:
+    foreign = [row["id"] for row in rows if row.get("request") != request_key(job, row["id"], row["sample"])]
+    if foreign:
+        raise StageError(
+            f"{out_dir} holds {len(foreign)} completions of another policy, input or way of sampling, such as that of "
+            f"record {foreign[0]}. Give another directory, or remove completions*.jsonl there to sample them anew."
+        )
+
+
+def _example(record: DsatRecord, reply: str, style: str) -> dict[str, str]:
+    """What a person sees of a completion while sampling goes on."""
+    complaint = {} if style == "unguided" else {"complaint": record.user_preference}
+    return {"prompt": record.prompt[-1].content, **complaint, "sampled": reply}
 
 
 def _build_requests(
@@ -118,66 +199,3 @@ def _build_requests(
         requests += [SampleRequest(record.id, sample, ids) for sample in range(config.sampling.n)]
         cut_tokens.append(prompt.cut_tokens)
     return requests, cut_tokens, refused
-
-
-def pair_stage(config: RunConfig, policy_hash: str, dsat_path: str, out_dir: Path) -> Summary:
-    """Joins each record with its first usable completion. What is left out is in drops.json, with the reason."""
-    split = load_dsat_split(config, dsat_path)
-    by_record: dict[str, list[dict[str, Any]]] = {}
-    for row in read_rows(out_dir / "completions.jsonl"):
-        by_record.setdefault(row["id"], []).append(row)
-    pairs: dict[str, list[Pair]] = {"train": [], "test": []}
-    dropped: list[dict[str, str]] = []
-    for name, record in split.rows():
-        completions = by_record.get(record.id, [])
-        reasons = [unusable_reason(c, record) for c in completions]
-        usable = [c for c, reason in zip(completions, reasons, strict=True) if reason is None]
-        if usable:
-            pairs[name].append(_build_pair(config, record, usable[0], policy_hash))
-        else:
-            reason = next((r for r in reasons if r), "not encodable")
-            dropped.append({"id": record.id, "split": name, "reason": reason})
-    counts = Counter(row["reason"] for row in dropped)
-    drops = {"bad row": split.skipped, **counts}
-    write_json(out_dir / "drops.json", {"counts": drops, "rows": dropped})
-    if not pairs["train"]:
-        raise DataError(f"no pair is left to train on: {dict(counts)}. The reasons stand in {out_dir}/drops.json.")
-    for name, rows in pairs.items():
-        write_jsonl(out_dir / f"pairs.{name}.jsonl", map(pair_to_row, rows))
-    return {
-        "pairs": len(pairs["train"]),
-        "held_out": len(pairs["test"]),
-        "cut_by_length": sum(p.meta["finish_reason"] == "length" for p in pairs["train"] + pairs["test"]),
-        "drops": drops,
-    }
-
-
-def unusable_reason(completion: dict[str, Any], record: DsatRecord) -> str | None:
-    """Why a completion cannot be a chosen response; None when it can."""
-    text = completion["text"].strip()
-    if not text:
-        return "empty"
-    if text == record.rejected.strip():
-        return "same as rejected"
-    return None
-
-
-def _build_pair(config: RunConfig, record: DsatRecord, completion: dict[str, Any], policy_hash: str) -> Pair:
-    s = config.sampling
-    meta = dict(record.extra) | {
-        "id": record.id,
-        "sampler": s.engine,
-        "policy": policy_hash,
-        "sampling": {
-            key: getattr(s, key) for key in ("style", "temperature", "top_p", "top_k", "n", "max_new_tokens", "seed")
-        },
-        "sample": completion["sample"],
-        "finish_reason": completion["finish_reason"],
-        "chosen_token_ids": completion["token_ids"],
-    }
-    return Pair(record.id, record.prompt, completion["text"], record.rejected, meta)
-
-
-def _shorten(text: str, width: int = 60) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 3] + "..."

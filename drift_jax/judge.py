@@ -1,0 +1,144 @@
+"""A model that judges: one question to an OpenAI-compatible server, one JSON object back.
+
+What is asked and what the object must hold is the caller's; prompts are versioned files of `drift_jax/prompts/`, which
+are never edited once results were made with them: a better prompt is a new version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from string import Template
+from types import TracebackType
+from typing import Any, TypeVar, final
+
+from drift_jax.config import JudgeConfig
+from drift_jax.endpoint import Endpoint, Retry, read_api_key
+from drift_jax.errors import EndpointError
+
+T = TypeVar("T")
+
+_ATTEMPTS = 3  # at an answer that can be used; connections have their own (`Retry`)
+_SHOWN = 200  # characters of an answer in an error
+# What servers say to a parameter that they do not know.
+_REFUSED = frozenset({400, 404, 422, 501})
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A versioned prompt; `$name` are its gaps."""
+
+    name: str  # of the file, such as choose_v1
+    text: str
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits of the text's sha256: results name what they were made with."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    def fill(self, **values: object) -> str:
+        return Template(self.text).substitute(values)
+
+
+def load_prompt(name: str) -> JudgePrompt:
+    """The file `drift_jax/prompts/NAME.txt`."""
+    file = importlib.resources.files("drift_jax") / "prompts" / f"{name}.txt"
+    return JudgePrompt(name, file.read_text(encoding="utf-8"))
+
+
+@final
+class Judge:
+    """The server and model of section `judge`. Threads may share it.
+
+    Raises:
+      ConfigError: the environment variable with the API key is not set.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, retry: Retry | None = None, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.config = config
+        self._endpoint = Endpoint(config.base_url, read_api_key(config.api_key_env), config.timeout_s, retry, sleep)
+        self._structured = True
+
+    def ask(self, prompt: str, schema: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
+        """`read` of the object that the model answers with; asked again where that raises or is no JSON object.
+
+        Args:
+          schema: of the object, in JSON Schema. A server that knows no structured output is asked without it.
+          read: takes what is needed out of the object; a KeyError, TypeError or ValueError means that it is not there.
+
+        Raises:
+          EndpointError: the server gave no answer, or none that can be used.
+        """
+        problem = ""
+        for _ in range(_ATTEMPTS):
+            text = self._complete(prompt, schema)
+            try:
+                return read(parse_object(text))
+            except (KeyError, TypeError, ValueError) as error:
+                problem = f"{type(error).__name__}: {error} in {text[:_SHOWN]!r}"
+        raise EndpointError(
+            f"{self._endpoint.base_url}: no verdict of {self.config.model} in {_ATTEMPTS} answers: {problem}",
+            passing=False,
+        )
+
+    def _complete(self, prompt: str, schema: Mapping[str, Any]) -> str:
+        body: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_tokens,
+        }
+        if self._structured:
+            form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": dict(schema)}}
+            try:
+                return _content(self._endpoint.post("/chat/completions", body | {"response_format": form}))
+            except EndpointError as error:
+                # A 404 or a 400 may have other causes; the request without a schema then says so once more.
+                if error.status not in _REFUSED:
+                    raise
+            text = _content(self._endpoint.post("/chat/completions", body))
+            self._structured = False
+            return text
+        return _content(self._endpoint.post("/chat/completions", body))
+
+    def close(self) -> None:
+        self._endpoint.close()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _content(answer: dict[str, Any]) -> str:
+    try:
+        return answer["choices"][0]["message"]["content"] or ""
+    except (KeyError, IndexError, TypeError):
+        raise EndpointError(f"the answer holds no message: {json.dumps(answer)[:_SHOWN]}.", passing=False) from None
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The last JSON object in a text that may say more around it, such as a thought before or a fence.
+
+    Raises:
+      ValueError: there is none.
+    """
+    decoder, found, start = json.JSONDecoder(), None, text.find("{")
+    while start >= 0:
+        try:
+            found, end = decoder.raw_decode(text, start)
+        except ValueError:
+            end = start + 1
+        start = text.find("{", end)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
