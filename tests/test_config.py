@@ -42,6 +42,9 @@ recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
 sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.per_host
 sampling.compute_dtype sampling.seed
+vllm.base_urls vllm.api_key_env vllm.served_name vllm.refresh vllm.python vllm.device vllm.port vllm.max_model_len
+vllm.tensor_parallel vllm.gpu_memory_utilization vllm.args vllm.env vllm.start_timeout_s vllm.request_timeout_s
+vllm.concurrency
 train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_tokens train.group_size
 train.epochs train.max_steps train.batch_size
 train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate

@@ -20,12 +20,10 @@ from drift_jax.files import write_json, write_jsonl
 from drift_jax.progress import stage_progress
 from drift_jax.records import DsatRecord, Pair, pair_to_row
 from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
-from drift_jax.sampling.local import LocalSampler
-from drift_jax.stages.devices import sampling_layout
+from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.inputs import (
     Summary,
     load_dsat_split,
-    open_policy,
     open_tokenizer,
     report_refused,
 )
@@ -36,12 +34,13 @@ from drift_jax.telemetry import StageTimer
 def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Path, console: Console) -> Summary:
     """Samples `sampling.n` completions for every DSAT record from the policy in `model_dir`.
 
-    Of several hosts each makes prompts and completions of its share of the records, where the policy fits on one; the
-    results are merged in the order of the records, also what an interrupted run on other hosts has left.
+    Of several hosts each makes prompts and completions of its share of the records, where the engine can; the results
+    are merged in the order of the records, also what an interrupted run on other hosts has left.
     """
     split = on_each(lambda: load_dsat_split(config, dsat_path))
     tokenizer = open_tokenizer(model_dir)
-    layout, per_host = sampling_layout(config, model_dir)
+    engine = ENGINES[config.sampling.engine](config, model_dir)
+    per_host = engine.per_host
     records = [record for _, record in split.rows()]
     mine = records[jax.process_index() :: jax.process_count()] if per_host else records
     requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
@@ -54,10 +53,11 @@ def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Pa
     ):
         known = {tuple(key) for keys in gather(list(journals.rows)) for key in keys}
         missing = [r for r in requests if (r.row_id, r.sample) not in known]
-        dtype = config.sampling.compute_dtype
-        policy = open_policy(model_dir, layout, dtype, dtype, console)
         what = f"sampling, 1 of {jax.process_count()} hosts" if per_host else "sampling"
-        with stage_progress(what, len(missing), "rows", console=console) as bar:
+        with (
+            engine.open(missing, out_dir, console) as sampler,
+            stage_progress(what, len(missing), "rows", console=console) as bar,
+        ):
 
             def keep(completions: list[Completion]) -> None:
                 rows = [_completion_row(c, tokenizer) for c in completions]
@@ -65,7 +65,7 @@ def sample_stage(config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Pa
                 timer.count_tokens(sum(len(c.token_ids) for c in completions))
                 bar.advance(len(rows), _shorten(rows[-1]["text"]))
 
-            LocalSampler(policy, config.sampling.batch_size).sample(missing, params, keep)
+            sampler.sample(missing, params, keep)
         count = _merge(journals, records, config.sampling.n, out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
