@@ -3,7 +3,7 @@
 A few texts are scored twice, by the policy as we compute it and by the server. Ours is computed in a process of its
 own, which gives the accelerator back before a server takes it:
 
-    python -m drift_jax.sampling.handoff MODEL_DIR DTYPE OUT.json [cpu]
+    python -m drift_jax.sampling.handoff MODEL_DIR DTYPE LONGEST OUT.json [cpu]
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ _PROBES = (
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}
 
 
-def probe_ids(tokenizer: ChatTokenizer) -> list[tuple[int, ...]]:
-    """The probe texts as the policy's template and tokenizer write them."""
+def probe_ids(tokenizer: ChatTokenizer, longest: int) -> list[tuple[int, ...]]:
+    """The probe texts as the policy's template and tokenizer write them, each shorter than `longest` tokens."""
+    cut = slice(max(2, longest - 1))
     return [
-        tuple(tokenizer.encode_chat([Message("user", asked), Message("assistant", said)], add_generation_prompt=False))
-        for asked, said in _PROBES
+        tuple(tokenizer.encode_chat([Message("user", a), Message("assistant", b)], add_generation_prompt=False)[cut])
+        for a, b in _PROBES
     ]
 
 
@@ -134,13 +135,13 @@ def check_handoff(found: Comparison, dtype: str, source: str, model_dir: Path, t
     )
 
 
-def compute_apart(model_dir: Path, dtype: str, out: Path, on_cpu: bool) -> list[list[float]]:
+def compute_apart(model_dir: Path, dtype: str, longest: int, out: Path, on_cpu: bool) -> list[list[float]]:
     """`model_logps` of the probe texts, by a process of its own; the result stays in `out`.
 
     Raises:
       StageError: the process failed, with the end of what it said.
     """
-    command = [sys.executable, "-m", "drift_jax.sampling.handoff", str(model_dir), dtype, str(out)]
+    command = [sys.executable, "-m", "drift_jax.sampling.handoff", str(model_dir), dtype, str(longest), str(out)]
     # What a server or another process holds of the accelerator stays there.
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
@@ -155,7 +156,7 @@ def compute_apart(model_dir: Path, dtype: str, out: Path, on_cpu: bool) -> list[
     raise StageError(f"the log-probs that the server is compared with could not be computed: {why}")
 
 
-def main(model: str, dtype: str, out: str, *device: str) -> None:
+def main(model: str, dtype: str, longest: str, out: str, *device: str) -> None:
     """The process of `compute_apart`."""
     from drift_jax.sampling.supervise import die_with_parent
 
@@ -163,7 +164,7 @@ def main(model: str, dtype: str, out: str, *device: str) -> None:
     if "cpu" in device:
         jax.config.update("jax_platforms", "cpu")
     try:
-        texts = probe_ids(load_tokenizer(model))
+        texts = probe_ids(load_tokenizer(model), int(longest))
         logps = model_logps(Path(model), dtype, texts)
         result: dict[str, Any] = {"dtype": dtype, "token_ids": [list(t) for t in texts], "logps": logps}
     except DriftError as error:

@@ -9,6 +9,7 @@ from drift_jax.config import RunConfig
 from drift_jax.endpoint import Endpoint, Retry, is_local
 from drift_jax.errors import ConfigError, EndpointError, ModelError
 from drift_jax.models.hf import load_qwen_config
+from drift_jax.sampling.server import needed_length
 
 _REFUSED_KEY = (401, 403)
 
@@ -44,7 +45,7 @@ def find_model(endpoint: Endpoint, config: RunConfig) -> tuple[str, Path | None]
             "out to take the model that is served."
         )
     model = models[names.index(wanted or names[0])]
-    longest, needed = model.get("max_model_len"), config.sampling.max_input_length + config.sampling.max_new_tokens
+    longest, needed = model.get("max_model_len"), needed_length(config)
     if longest is not None and longest < needed:
         raise ConfigError(
             f"{endpoint.base_url} was started with --max-model-len {longest}; sampling.max_input_length + "

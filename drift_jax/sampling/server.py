@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -33,6 +34,7 @@ _LEAST_BATCHED_TOKENS = 4096
 _POLL_S = 0.5
 _STOP_S = 60.0
 _LAST_LINES = 15
+_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] *)?")
 _INSTALL = (
     "Install vLLM into an environment of its own (`pip install vllm` for CUDA, `pip install vllm-tpu` for TPU, "
     "`make test-vllm` builds .venv-vllm for CPU) and name its interpreter: vllm.python."
@@ -76,12 +78,23 @@ def choose_tensor_parallel(config: VllmConfig, model: QwenConfig, device: Device
     return next((ways for ways in range(count, 1, -1) if model.heads % ways == 0), 1)
 
 
+def needed_length(config: RunConfig) -> int:
+    """Tokens of the longest prompt and completion."""
+    return config.sampling.max_input_length + config.sampling.max_new_tokens
+
+
+def find_python(config: VllmConfig) -> str:
+    """The interpreter by a path that holds from any directory. A link stays one: it says whose environment that is."""
+    python = os.path.expanduser(config.python or sys.executable)
+    return os.path.abspath(python if os.sep in python else shutil.which(python) or python)
+
+
 def build_command(config: RunConfig, model: QwenConfig, model_dir: Path, port: int) -> list[str]:
     """`vllm serve` and its arguments. The API key is in the environment, where no list of processes shows it."""
     vllm, sampling = config.vllm, config.sampling
     device = find_device(vllm)
-    longest = vllm.max_model_len or sampling.max_input_length + sampling.max_new_tokens
-    words = [vllm.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir.absolute())]
+    longest = vllm.max_model_len or needed_length(config)
+    words = [find_python(vllm), "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir.absolute())]
     options = {
         "--served-model-name": SERVED_NAME,
         "--host": _HOST,
@@ -106,8 +119,7 @@ def build_environment(config: VllmConfig, key: str, environment: Mapping[str, st
     """The server's environment: ours without what belongs to our own Python, and what vLLM is to be told."""
     ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
     env = {name: value for name, value in environment.items() if name not in ours}
-    tools = Path(config.python or sys.executable).absolute().parent
-    env["PATH"] = os.pathsep.join([str(tools), env.get("PATH", os.defpath)])
+    env["PATH"] = os.pathsep.join([os.path.dirname(find_python(config)), env.get("PATH", os.defpath)])
     given = {
         "VLLM_API_KEY": key,
         "VLLM_HOST_IP": _HOST,  # its processes talk to each other there, not on the machine's own address
@@ -125,12 +137,11 @@ def build_environment(config: VllmConfig, key: str, environment: Mapping[str, st
 
 def check_installed(config: VllmConfig, env: Mapping[str, str]) -> None:
     """Raises `ConfigError` where the interpreter is not there or has no vLLM."""
-    python = config.python or sys.executable
-    found = shutil.which(python)
-    if found is None:
+    python = find_python(config)
+    if shutil.which(python) is None:
         raise ConfigError(f"vllm.python: there is no program {python}. {_INSTALL}")
     question = "import importlib.util as i, sys; sys.exit(3 if i.find_spec('vllm') is None else 0)"
-    answer = subprocess.run([found, "-c", question], env=dict(env), cwd="/", capture_output=True, text=True)
+    answer = subprocess.run([python, "-c", question], env=dict(env), cwd="/", capture_output=True, text=True)
     if answer.returncode == 3:
         raise ConfigError(f"the environment of {python} has no vLLM. {_INSTALL}")
     if answer.returncode != 0:
@@ -231,7 +242,7 @@ class VllmServer:
                         f"{self.last_lines()}"
                     )
                 said = self._said()
-                bar.advance(0, said[-1][:100] if said else None)
+                bar.advance(0, _LOG_PREFIX.sub("", said[-1])[:80] if said else None)
                 time.sleep(_POLL_S)
 
     def last_lines(self) -> str:

@@ -268,8 +268,8 @@ class VllmSampler(Sampler):
         if self._revive is None:
             if not work.live:
                 raise StageError(
-                    f"no server of vllm.base_urls is left; the last one: {error} What was sampled is kept: start one and run "
-                    "again, it goes on from here."
+                    f"no server of vllm.base_urls is left; the last one: {error} What was sampled is kept: start one "
+                    "and run again, it goes on from here."
                 )
             self._report(f"left out, its requests go to the other {work.live}: {error}")
             return

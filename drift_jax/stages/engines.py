@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
@@ -26,7 +27,14 @@ from drift_jax.sampling.handoff import (
 )
 from drift_jax.sampling.local import LocalSampler
 from drift_jax.sampling.running import find_model, full_url, reload_weights
-from drift_jax.sampling.server import SERVED_NAME, VllmServer, check_servable
+from drift_jax.sampling.server import (
+    SERVED_NAME,
+    VllmServer,
+    build_environment,
+    check_installed,
+    check_servable,
+    needed_length,
+)
 from drift_jax.sampling.vllm import Served, VllmSampler
 from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.inputs import open_policy, open_tokenizer
@@ -65,7 +73,8 @@ class LocalEngine(Engine):
 class VllmEngine(Engine):
     """vLLM servers. This process leaves the accelerator to them; what it compares them with is computed before.
 
-    Raises `ModelError` for a model that vLLM cannot serve, `ConfigError` when the variable of the API key is not set.
+    Raises `ModelError` for a model that vLLM cannot serve, `ConfigError` when there is no vLLM to start, or when
+    the variable of the API key is not set.
     """
 
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
@@ -73,7 +82,11 @@ class VllmEngine(Engine):
         self._config, self._model_dir = config, model_dir
         self._model = load_qwen_config(model_dir)
         check_servable(self._model, model_dir)
-        self._key = read_api_key(config.vllm.api_key_env) if config.vllm.base_urls else None
+        self._key = None
+        if config.vllm.base_urls:
+            self._key = read_api_key(config.vllm.api_key_env)
+        else:
+            check_installed(config.vllm, build_environment(config.vllm, ""))
 
     @contextlib.contextmanager
     def open(self, missing: Sequence[SampleRequest], out_dir: Path, console: Console) -> Iterator[Sampler]:
@@ -97,8 +110,8 @@ class VllmEngine(Engine):
                     self._prove(served, expected, f"the server that was started ({log})")
                     return served
 
-                # The bar of the stage is on the screen by then.
-                servers, revive = [start(console)], lambda: start(Console(quiet=True))
+                # When a server is started again, the bar of the stage is on the screen already.
+                servers, revive = [start(console)], lambda: start(Console(file=io.StringIO()))
             vllm = self._config.vllm
             yield VllmSampler(
                 servers, self._model.vocab_size, vllm.concurrency, revive, lambda line: _tell(console, line)
@@ -108,14 +121,15 @@ class VllmEngine(Engine):
         """Log-probs of the probe texts under the policy. On the CPU where servers may hold the accelerator already."""
         urls = self._config.vllm.base_urls
         on_cpu = any(map(is_local, urls)) or jax.process_count() > 1
+        dtype = self._config.sampling.compute_dtype
         name = f"probe.{jax.process_index()}.json" if jax.process_index() else "probe.json"
         out_dir.mkdir(parents=True, exist_ok=True)
         with console.status("computing the log-probs that the server must have"):
-            return compute_apart(self._model_dir, self._config.sampling.compute_dtype, out_dir / name, on_cpu)
+            return compute_apart(self._model_dir, dtype, needed_length(self._config), out_dir / name, on_cpu)
 
     def _prove(self, served: Served, expected: list[list[float]], source: str) -> None:
         """Raises `StageError` unless a server answers with the policy's weights."""
-        texts = probe_ids(open_tokenizer(self._model_dir))
+        texts = probe_ids(open_tokenizer(self._model_dir), needed_length(self._config))
         found = compare_logps(expected, server_logps(served.endpoint, served.name, texts))
         check_handoff(found, self._config.sampling.compute_dtype, source, self._model_dir, self._model.tied)
 
