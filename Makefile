@@ -89,9 +89,10 @@ endif
 test: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler
 	@DRIFT_NEEDS_TPU_COMPILER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# One process: its servers are shared by all tests, and take both cores of a small machine.
+# One process, whose servers are shared by all tests. Threads that wait by spinning would take the cores from each other.
 test-vllm: $(VENV)/.installed-all $(VLLM_VENV)/.installed
-	@DRIFT_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest tests/vllm --durations=8 $(ARGS)
+	@OMP_WAIT_POLICY=passive DRIFT_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python \
+	    $(BIN)/python -m pytest tests/vllm --durations=8 $(ARGS)
 
 check: $(VENV)/.installed-all
 	@$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from drift_jax.yaml_files import parse_yaml, read_yaml
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
+_HOTTEST = 2.0  # of a vLLM server
 DType = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -289,6 +290,11 @@ def check_config(config: RunConfig) -> None:
         problems.append(
             f"vllm.max_model_len ({config.vllm.max_model_len}) is less than sampling.max_input_length + max_new_tokens "
             f"({needed}): a long prompt would be refused. Raise it, or leave it out."
+        )
+    if config.sampling.engine == "vllm" and config.sampling.temperature > _HOTTEST:
+        problems.append(
+            f"sampling.temperature ({config.sampling.temperature}) is more than the {_HOTTEST} that vLLM takes. Lower it, "
+            "or set sampling.engine to local."
         )
     problems += [
         f"vllm.base_urls: {url!r} is no address of a server; write it as http://HOST:PORT/v1."

@@ -88,6 +88,9 @@ def test_the_key_is_in_the_environment_and_ours_stays_out() -> None:
 def test_a_config_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_model_len \(100\).*\(128\)"):
         make(max_model_len=100)
+    hot = {"run_dir": "x", "model": {"path": "x"}, "sampling": {"engine": "vllm", "temperature": 2.5}}
+    with pytest.raises(ConfigError, match=r"sampling.temperature \(2.5\) is more than the 2.0 that vLLM takes"):
+        build_config(hot)
     with pytest.raises(ConfigError, match=r"vllm.base_urls: 'localhost:8000' is no address"):
         make(base_urls=["localhost:8000"])
     with pytest.raises(ConfigError, match=r"vllm.env.A: .*found 1"):

@@ -43,7 +43,7 @@ def make_config(model: Path, **sections: dict[str, Any]) -> RunConfig:
             "max_input_length": 192,
             "max_new_tokens": 12,
         },
-        "vllm": {"python": PYTHON, "device": "cpu", "env": {"VLLM_SERVER_DEV_MODE": "1"}},
+        "vllm": {"python": PYTHON, "device": "cpu", "env": {"VLLM_SERVER_DEV_MODE": "1", "OMP_WAIT_POLICY": "passive"}},
     }
     for name, keys in sections.items():
         raw[name] = raw.get(name, {}) | keys

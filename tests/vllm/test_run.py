@@ -45,7 +45,7 @@ def config(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "compute_dtype": "float32",
         },
         "train": {"batch_size": 8, "max_steps": 1},
-        "vllm": {"python": PYTHON, "device": "cpu", "concurrency": 8},
+        "vllm": {"python": PYTHON, "device": "cpu", "concurrency": 8, "env": {"OMP_WAIT_POLICY": "passive"}},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
