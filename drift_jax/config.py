@@ -293,8 +293,8 @@ def check_config(config: RunConfig) -> None:
         )
     if config.sampling.engine == "vllm" and config.sampling.temperature > _HOTTEST:
         problems.append(
-            f"sampling.temperature ({config.sampling.temperature}) is more than the {_HOTTEST} that vLLM takes. Lower it, "
-            "or set sampling.engine to local."
+            f"sampling.temperature ({config.sampling.temperature}) is more than the {_HOTTEST} that vLLM takes. Lower "
+            "it, or set sampling.engine to local."
         )
     problems += [
         f"vllm.base_urls: {url!r} is no address of a server; write it as http://HOST:PORT/v1."
