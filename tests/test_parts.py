@@ -77,6 +77,11 @@ def test_what_is_wrong_is_said_once_by_the_part_that_finds_it(base: Path) -> Non
     assert done.stderr.count("error:") == 1 and "head_dim is 16" in done.stderr, done.stderr
 
 
+def heed_ctrl_c() -> None:
+    """Also where the tests run in the background of a shell, which has all its children ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_ended_takes_its_part_along(base: Path, number: signal.Signals, code: int) -> None:
@@ -86,7 +91,7 @@ def test_a_run_that_is_ended_takes_its_part_along(base: Path, number: signal.Sig
     command = [sys.executable, "-m", "drift_jax", "run", str(base / "config.yaml")]
     command += [word for key in keys for word in ("--set", key)]
     metrics, deadline = base / "run" / "seed" / "metrics.jsonl", time.monotonic() + 300
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
     try:
         while not (metrics.exists() and metrics.read_text().count("\n") > 2):
             assert time.monotonic() < deadline and process.poll() is None, "training did not begin"

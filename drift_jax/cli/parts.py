@@ -55,6 +55,8 @@ def run_in_parts(given: dict[str, Any]) -> bool:
 
     if given["part"] is not None:
         die_with_parent()
+        # What the shell of a background job has us ignore, the one who hands it on does not send.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if given["part"] == "sampling":
             leave_accelerator()
         return False
@@ -88,7 +90,10 @@ def _run_part(part: Part, words: list[str], given: dict[str, Any]) -> int:
         handed_on.append(number)
         child.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # `nohup` ignores SIGHUP, and so do we then.
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in heeded}
     try:
         code = child.wait()
     finally:

@@ -52,6 +52,11 @@ def config(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def heed_ctrl_c() -> None:
+    """Also where the tests run in the background of a shell, which has all its children ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """`drift run` in a process, and what it says."""
 
@@ -59,7 +64,7 @@ class Run:
         self.output = config.parent / f"{name}.txt"
         with self.output.open("wb") as out:
             command = [sys.executable, "-m", "drift_jax", "run", str(config), *words]
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=REPO)
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=REPO, preexec_fn=heed_ctrl_c)
         self.family: set[int] = set()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
@@ -115,6 +120,7 @@ def test_ctrl_c_ends_everything(config: Path, start: Callable[..., Run]) -> None
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(60) == 130
     run.wait_until_gone(5)
+    assert not journal_of(config) and "iter_1/pair" not in run.output.read_text()
 
 
 def test_killed_servers_and_runs_lose_nothing(config: Path, start: Callable[..., Run]) -> None:
