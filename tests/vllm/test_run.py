@@ -126,13 +126,13 @@ def test_ctrl_c_ends_everything(config: Path, start: Callable[..., Run]) -> None
 def test_killed_servers_and_runs_lose_nothing(config: Path, start: Callable[..., Run]) -> None:
     """The server's engine gets SIGKILL, then the run; what was sampled before is what the finished run has."""
     run = start("killed")
-    run.wait_for(lambda: len(journal_of(config)) >= 16, 180)
+    run.wait_for(lambda: len(journal_of(config)) >= 16, 600)
     engine = run.find(b"EngineCore")
     assert engine is not None
     os.kill(engine, signal.SIGKILL)
     at_kill = len(journal_of(config))
     assert at_kill < RECORDS * SAMPLES - 60
-    run.wait_for(lambda: len(journal_of(config)) >= at_kill + 24, 180)
+    run.wait_for(lambda: len(journal_of(config)) >= at_kill + 24, 600)
     assert "vLLM has died and is started again" in " ".join(run.output.read_text().split())
     run.find()
     run.process.send_signal(signal.SIGKILL)
@@ -141,7 +141,7 @@ def test_killed_servers_and_runs_lose_nothing(config: Path, start: Callable[...,
     assert len(before) == len(journal_of(config)) < RECORDS * SAMPLES
 
     run = start("finished")
-    assert run.process.wait(400) == 0, run.output.read_text()[-3000:]
+    assert run.process.wait(900) == 0, run.output.read_text()[-3000:]
     run.wait_until_gone(5)
     folder = config.parent / "run" / "iter_1"
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
