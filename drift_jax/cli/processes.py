@@ -33,8 +33,14 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def across_processes(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `_OPTIONS`; joins the other processes before it begins."""
+def across_processes(
+    command: Callable[..., None], first: Callable[[dict[str, Any]], bool] = lambda _: False
+) -> Callable[..., None]:
+    """The command with the options of `_OPTIONS`; joins the other processes before it begins.
+
+    Args:
+      first: is called before that with all options; True when it has done the whole of the command's work.
+    """
     own = inspect.signature(command, eval_str=True)
     more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
@@ -45,6 +51,8 @@ def across_processes(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         from drift_jax.distributed import Processes, start_processes
 
+        if first(given):
+            return
         processes = Processes(*(given.pop(name) for name in _OPTIONS))
         if given.get("devices") is None:  # devices that are not here have no processes
             start_processes(processes)

@@ -24,6 +24,7 @@ from drift_jax.cli.options import (
 from drift_jax.config import load_config
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
+from drift_jax.parts import NEXT_PART, Part, PartEnd
 
 
 def run(
@@ -41,18 +42,25 @@ def run(
     overrides: Overrides = None,
     run_dir: Annotated[Optional[Path], typer.Option(help="Where the run lives; replaces run_dir.")] = None,  # noqa: UP045
     on_bad_row: OnBadRow = None,
+    part: Annotated[Optional[Literal["training", "sampling"]], typer.Option(hidden=True)] = None,  # noqa: UP045
+    part_folder: Annotated[Optional[Path], typer.Option(hidden=True)] = None,  # noqa: UP045
 ) -> None:
     """The whole recipe: seed, then sample -> pair -> train -> export for each iteration. Run again to resume."""
     from drift_jax.recipe import run as run_recipe
 
     changes = changes_of(overrides, on_bad_row, run_dir=run_dir)
     if handbook is not None:
-        run_recipe(handbook_run(handbook, config, changes), build_console())
+        resolved = handbook_run(handbook, config, changes)
     elif config is not None:
         refuse_handbook(config)
-        run_recipe(load_config(config, changes), build_console())
+        resolved = load_config(config, changes)
     else:
         raise ConfigError("give a CONFIG, such as configs/quickstart.yaml, or --handbook FILE.")
+    try:
+        # See cli/parts.py: with vLLM a run is several processes, and this is one of them.
+        run_recipe(resolved, build_console(), Part(part, part_folder) if part and part_folder else None)
+    except PartEnd:
+        raise typer.Exit(NEXT_PART) from None
 
 
 def sample(

@@ -167,8 +167,8 @@ def decode(
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             written.append(_write_token(cache, key[:, 0], value[:, 0], lengths, layer))
-            own = (jax.lax.dynamic_index_in_dim(x, *layer, keepdims=False) if layer else x for x in written[0])
-            return attend_one(query, *own, lengths + 1)
+            keys, values = (jax.lax.dynamic_index_in_dim(x, *layer, keepdims=False) if layer else x for x in written[0])
+            return attend_one(query, keys, values, lengths + 1)
 
         x, _ = nnx.merge(code, weights)(x, rope, attend)
         return x, written[0]
@@ -179,7 +179,7 @@ def decode(
         for weights, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
             x, kept = go_through(_turn_back(weights), x, KVCache(keys, values), ())
             layers.append(kept)
-        cache = KVCache(*map(tuple, zip(*layers, strict=True)))
+        cache = KVCache(tuple(kept.keys for kept in layers), tuple(kept.values for kept in layers))
     else:
 
         def one(carry: tuple[Array, KVCache], xs: tuple[Any, Array]) -> tuple[tuple[Array, KVCache], None]:
@@ -242,7 +242,7 @@ def prefill(
     for weights in blocks:
         x, kept = one(x, _turn_back(weights))
         layers.append(kept)
-    return Prompts(*map(tuple, zip(*layers, strict=True)))
+    return Prompts(tuple(keys for keys, _ in layers), tuple(values for _, values in layers))
 
 
 def insert(

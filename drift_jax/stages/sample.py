@@ -20,12 +20,10 @@ from drift_jax.files import write_jsonl
 from drift_jax.progress import stage_progress
 from drift_jax.records import DsatRecord
 from drift_jax.sampling.base import Completion, Sampler, SampleRequest, SamplingParams
-from drift_jax.sampling.local import LocalSampler
-from drift_jax.stages.devices import sampling_layout
+from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.inputs import (
     Summary,
     load_dsat_split,
-    open_policy,
     open_tokenizer,
     report_refused,
 )
@@ -40,8 +38,8 @@ def sample_stage(
 
     With `sampling.on_cut: resample`, sample i that was cut by length is drawn once more, as sample n + i.
 
-    Of several hosts each makes prompts and completions of its share of the records, where the policy fits on one; the
-    results are merged in the order of the records, also what an interrupted run on other hosts has left.
+    Of several hosts each makes prompts and completions of its share of the records, where the engine can; the results
+    are merged in the order of the records, also what an interrupted run on other hosts has left.
 
     Args:
       job: what the completions are drawn by (`identity.sampling_job`).
@@ -51,7 +49,8 @@ def sample_stage(
     """
     split = on_each(lambda: load_dsat_split(config, dsat_path))
     tokenizer = open_tokenizer(model_dir)
-    layout, per_host = sampling_layout(config, model_dir)
+    engine = ENGINES[config.sampling.engine](config, model_dir)
+    per_host = engine.per_host
     records = [record for _, record in split.rows()]
     mine = records[jax.process_index() :: jax.process_count()] if per_host else records
     requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
@@ -64,9 +63,6 @@ def sample_stage(
     ):
         on_each(lambda: _refuse_foreign(journals.rows.values(), job, out_dir))
         cut = _known_cuts(journals)
-        dtype = config.sampling.compute_dtype
-        policy = open_policy(model_dir, layout, dtype, dtype, console)
-        sampler = LocalSampler(policy, config.sampling.batch_size)
         by_id = {record.id: record for record in mine}
 
         def keep(completions: list[Completion]) -> dict[str, str]:
@@ -75,16 +71,19 @@ def sample_stage(
             timer.count_tokens(sum(len(c.token_ids) for c in completions))
             return _example(by_id[rows[-1]["id"]], rows[-1]["text"], config.sampling.style)
 
-        def draw(wanted: list[SampleRequest], what: str) -> None:
-            missing = [r for r in wanted if (r.row_id, r.sample) not in cut]
-            what += f", 1 of {jax.process_count()} hosts" if per_host else ""
-            completions = _draw(sampler, missing, params, keep, what, console)
-            cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
+        def missing_of(wanted: Iterable[SampleRequest]) -> list[SampleRequest]:
+            return [r for r in wanted if (r.row_id, r.sample) not in cut]
 
-        draw(requests, "sampling")
-        if config.sampling.on_cut == "resample":
-            again = [_second(r, config.sampling.n) for r in requests if cut[r.row_id, r.sample]]
-            draw(again, "sampling cut ones again")
+        def second_draws() -> list[SampleRequest]:
+            if config.sampling.on_cut != "resample":
+                return []
+            return [_second(r, config.sampling.n) for r in requests if cut.get((r.row_id, r.sample))]
+
+        with engine.open(missing_of([*requests, *second_draws()]), out_dir, console) as sampler:
+            for wanted, what in ((lambda: requests, "sampling"), (second_draws, "sampling cut ones again")):
+                what += f", 1 of {jax.process_count()} hosts" if per_host else ""
+                completions = _draw(sampler, missing_of(wanted()), params, keep, what, console)
+                cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
         count = _merge(journals, records, config.sampling.n, out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
