@@ -57,7 +57,7 @@ def test_a_part_stops_where_the_next_stage_is_not_its_own(base: Path, tmp_path: 
         ({"sampling": {"engine": "vllm"}}, ["sampling.engine=local"], False),
         ({}, ["sampling.engine=vllm"], True),
         ({"sampling": 3}, [], False),
-        ({"sampling": {"engine": "vllm"}}, ["nonsense"], False),
+        ({"sampling": {"engine": "vllm"}}, ["nonsense"], True),  # said by the first part
         (None, ["sampling.engine=vllm"], True),
     ],
 )

@@ -20,7 +20,7 @@ from drift_jax.parts import NEXT_PART, Part
 
 
 def samples_with_vllm(config: Path | None, overrides: list[str] | None) -> bool:
-    """Whether the engine is vLLM. False also for a config that cannot be read: that is said where it is used."""
+    """Whether the engine is vLLM, as far as it can be read; what cannot be read is said by whoever uses it."""
     from drift_jax.config import apply_override, read_yaml
 
     raw: dict[str, Any] = {}
