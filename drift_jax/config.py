@@ -104,7 +104,7 @@ class SamplingConfig:
     same_language: bool = False  # drop completions in another language than the user's; extra `language`
     max_new_tokens: PositiveInt = 512
     max_input_length: PositiveInt = 2048  # tokens; a longer sampling prompt keeps its END
-    batch_size: PositiveInt = 16  # rows decoded together
+    batch_size: PositiveInt | None = 16  # rows decoded together; null: what memory has room for, at most 256
     per_host: bool | None = None  # each host samples its share with a whole policy; null: where one fits a host
     compute_dtype: DType = "bfloat16"
     seed: int = 42

@@ -368,10 +368,10 @@ def check_batch(layout: Layout, batch_size: int, accumulation_steps: int) -> Non
         )
 
 
-def check_sampling_batch(layout: Layout, batch_size: int) -> None:
+def check_sampling_batch(layout: Layout, batch_size: int | None) -> None:
     """Raises `ConfigError` when the rows that are decoded together cannot be split evenly; layout of `for_sampling`."""
     ways = layout.ways("batch")
-    if batch_size % ways:
+    if batch_size is not None and batch_size % ways:
         raise ConfigError(
             f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
             f"(mesh {layout.sizes}: {_axes_of(layout, 'batch')}). Make it a multiple of {ways}, or change the mesh."

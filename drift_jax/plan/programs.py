@@ -2,7 +2,7 @@
 
 They are what `drift run` compiles: the trainer's step, its reference pass, and the sampler's loop. The batch is one of
 the largest: every pair has a prompt of `data.max_prompt_length` and two completions that go on to `data.max_length`;
-the sampler decodes `sampling.batch_size` rows with all the room they can need, on one host where it would sample there.
+the sampler decodes its rows with all the room they can need, on one host where it would sample there.
 This is the one file of the plan that makes meshes and puts them in force.
 """
 
@@ -42,7 +42,7 @@ from drift_jax.sharding import (
     for_sampling,
     use_layout,
 )
-from drift_jax.stages.devices import fits_one_host, layout_of_host
+from drift_jax.stages.devices import fits_one_host, layout_of_host, rows_that_fit
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.train import Trainer
 
@@ -116,12 +116,20 @@ class Programs:
         sampling = self.config.sampling
         graphdef, declared = declare_qwen(self.architecture, jnp.dtype(sampling.compute_dtype))
         weights = abstract_params(declared, layout, sampling.compute_dtype)
-        sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), sampling.batch_size)
+        sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), self._sampled_rows(layout))
         room = round_length(sampling.max_input_length + sampling.max_new_tokens, sampler.room_steps)
         with use_layout(layout):
             return sampler.lower(
                 SamplingParams.from_config(sampling, (0,), self.architecture.vocab_size), room
             ).compile()
+
+    def _sampled_rows(self, layout: Layout) -> int:
+        if (rows := self.config.sampling.batch_size) is not None:
+            return rows
+        size = self.architecture.num_parameters * jnp.dtype(self.config.sampling.compute_dtype).itemsize
+        limit = self.where.chip.limit_gib
+        free = float("inf") if limit is None else limit * 2**30 - size / layout.devices
+        return rows_that_fit(self.config, layout, self.architecture, free)
 
     # --- what is known here and not in the compiled text ------------------------------------------------------
 

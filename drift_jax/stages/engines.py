@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from drift_jax.config import RunConfig
+from drift_jax.distributed import gather
 from drift_jax.endpoint import Endpoint, Retry, is_local, read_api_key
 from drift_jax.errors import EndpointError, StageError
 from drift_jax.models.hf import load_qwen_config
@@ -36,7 +37,7 @@ from drift_jax.sampling.server import (
     needed_length,
 )
 from drift_jax.sampling.vllm import Served, VllmSampler
-from drift_jax.stages.devices import sampling_layout
+from drift_jax.stages.devices import free_memory, rows_that_fit, sampling_layout
 from drift_jax.stages.inputs import open_policy, open_tokenizer
 
 _OWN_RETRY = Retry(attempts=3)  # of a server on this machine that we can start again
@@ -66,7 +67,10 @@ class LocalEngine(Engine):
     def open(self, missing: Sequence[SampleRequest], out_dir: Path, console: Console) -> Iterator[Sampler]:
         dtype = self._config.sampling.compute_dtype
         policy = open_policy(self._model_dir, self._layout, dtype, dtype, console)
-        yield LocalSampler(policy, self._config.sampling.batch_size)
+        rows = self._config.sampling.batch_size
+        if rows is None:  # on a mesh of all hosts they must agree
+            rows = min(gather(rows_that_fit(self._config, self._layout, policy.config, free_memory())))
+        yield LocalSampler(policy, rows)
 
 
 @final
