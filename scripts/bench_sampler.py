@@ -8,8 +8,8 @@ temperature 0.7 and top_p 0.9, to --new-tokens each: no EOS ends a row, so that 
 the peer's runs take turns in one process each, after a first one that compiles and is not counted; the best of
 --repeat counts. `tokens_per_s` is new tokens over the whole time, prefill included; `prefill_s` is the time for one new
 token a row, `decode_tokens_per_s` what comes after. `ratio` is ours over the peer's. The hf peer is transformers'
-`generate` with a KV cache and left padding, in --peer-python (default: this one); the vllm peer is a server started with
-it, by the same code as `sampling.engine: vllm`.
+`generate` with a KV cache and left padding, in --peer-python (default: this one); the vllm peer is a server started
+with it, by the same code as `sampling.engine: vllm`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from drift_jax.records import Message
 from drift_jax.sampling.base import SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
 from drift_jax.sharding import build_layout
+from tests.greedy import assert_greedy, real_prompts
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -30,6 +31,17 @@ def test_the_demo_model_knows_the_capital_of_france(demo_model_dir: Path) -> Non
     (completion,) = LocalSampler(policy, 1).sample([SampleRequest("france", 0, prompt)], params)
     assert tokenizer.decode(completion.token_ids) == "The capital of France is Paris."
     assert completion.finish_reason == "stop"
+
+
+@pytest.mark.demo
+def test_greedy_ids_of_real_prompts_equal_those_of_transformers(demo_model_dir: Path) -> None:
+    """32 prompts of mixed length through 8 slots, so that each slot is taken several times."""
+    tokenizer = load_tokenizer(demo_model_dir)
+    policy = load_policy(demo_model_dir, build_layout(MeshConfig(), jax.devices()[:1]), "float32")
+    params = SamplingParams(0.0, 1.0, 0, 12, 0, tokenizer.eos_ids, tokenizer.vocab_size)
+    prompts = real_prompts(tokenizer)
+    requests = [SampleRequest(f"p{i}", 0, ids) for i, ids in enumerate(prompts)]
+    assert_greedy(demo_model_dir, tokenizer.vocab_size, prompts, LocalSampler(policy, 8).sample(requests, params))
 
 
 @pytest.mark.demo

@@ -77,10 +77,15 @@ class SlotTable:
         copied: list[list[tuple[int, int]]] = [[] for _ in range(self.parts)]
         admitted: dict[int, SampleRequest] = {}
         used = [0] * self.parts
-        while self.waiting and (choice := self._choose_part(self.waiting[0], used)) is not None:
-            part, source = choice
-            request = self.waiting.popleft()
-            slot = self._free(part, source)
+        while self.waiting:
+            request = self.waiting[0]
+            # Packed prompts are written before slots are copied: what is still to be copied must not be written over.
+            sources = [{source for source, _ in of_part} for of_part in copied]
+            choice = self._choose_slot(request, used, sources)
+            if choice is None:
+                break
+            part, slot, source = choice
+            self.waiting.popleft()
             if source is not None:
                 copied[part].append((source, slot))
             elif len(request.prompt_ids) > 1:
@@ -91,24 +96,26 @@ class SlotTable:
             self.running[part * self.per_part + slot] = request
         return self._pack(packed, copied, admitted) if admitted else None
 
-    def _choose_part(self, request: SampleRequest, used: list[int]) -> tuple[int, int | None] | None:
-        """(the part to take a slot of, a slot of it with the same prompt)."""
-        free = [part for part in range(self.parts) if self._count_running(part) < self.per_part]
-        for part in free:
-            source = next((slot for slot, ids in self._held[part].items() if ids == request.prompt_ids), None)
-            # The only slot that is left may be the one with the prompt itself: then it is taken as it is.
-            if source is not None:
-                return part, source
-        free = [p for p in free if used[p] == 0 or used[p] + len(request.prompt_ids) - 1 <= self.budget]
-        return (min(free, key=lambda part: (used[part], self._count_running(part))), None) if free else None
+    def _choose_slot(
+        self, request: SampleRequest, used: list[int], sources: list[set[int]]
+    ) -> tuple[int, int, int | None] | None:
+        """(part, free slot of it, another slot of it with the same prompt)."""
+        free = [self._free(part) for part in range(self.parts)]
+        for part, slots in enumerate(free):
+            held = (slot for slot, ids in self._held[part].items() if ids == request.prompt_ids)
+            if slots and (source := next(held, None)) is not None:
+                # The only slot that is left may be that of the prompt itself: then it is taken as it is.
+                return part, min(slots, key=lambda slot: (slot == source, slot in self._held[part], slot)), source
+        tokens = len(request.prompt_ids) - 1
+        writable = [[slot for slot in slots if slot not in sources[part]] for part, slots in enumerate(free)]
+        fitting = [p for p in range(self.parts) if writable[p] and (used[p] == 0 or used[p] + tokens <= self.budget)]
+        if not fitting:
+            return None
+        part = min(fitting, key=lambda p: (used[p], -len(free[p])))
+        return part, min(writable[part], key=lambda slot: (slot in self._held[part], slot)), None
 
-    def _count_running(self, part: int) -> int:
-        return sum(slot // self.per_part == part for slot in self.running)
-
-    def _free(self, part: int, source: int | None) -> int:
-        """A free slot, if possible one that holds no prompt, and not that of `source`."""
-        free = [slot for slot in range(self.per_part) if part * self.per_part + slot not in self.running]
-        return min(free, key=lambda slot: (slot == source, slot in self._held[part], slot))
+    def _free(self, part: int) -> list[int]:
+        return [slot for slot in range(self.per_part) if part * self.per_part + slot not in self.running]
 
     def _pack(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drift_jax.config import MeshConfig
-from drift_jax.errors import ConfigError
+from drift_jax.errors import ConfigError, ModelError
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler
@@ -83,6 +84,32 @@ def test_a_row_does_not_depend_on_batch_order_or_neighbours(model_dir: Path, bat
     assert [c.row_id for c in got] == [r.row_id for r in others]
     for completion in got[1:]:
         assert_same(completion, expected[completion.row_id])
+
+
+def test_samples_of_a_prompt_share_its_computation(model_dir: Path) -> None:
+    """Four samples, with slots for two at a time: the prompt goes through the layers once, and the draws differ."""
+    sampler, prompt = LocalSampler(open_policy(model_dir), 2), requests()[3].prompt_ids
+    computed: list[int] = []
+    prefill = sampler.jitted_prefill
+
+    def count(params: object, ids: jax.Array, positions: jax.Array) -> object:
+        computed.append(int((np.asarray(positions) > 0).sum()) + 1)
+        return prefill(params, ids, positions)
+
+    sampler.jitted_prefill = count
+    draws = sampler.sample([SampleRequest("x", n, prompt) for n in range(4)], WARM)
+    assert computed == [len(prompt) - 1]
+    assert len({c.token_ids for c in draws}) == 4
+    for draw in draws:  # as if each had been alone
+        (alone,) = sampler.sample([SampleRequest("x", draw.sample, prompt)], WARM)
+        assert_same(draw, alone)
+
+
+def test_weights_that_are_no_numbers_are_an_error(model_dir: Path) -> None:
+    policy = open_policy(model_dir)
+    broken = jax.tree.map(lambda x: x * np.nan, policy.params)
+    with pytest.raises(ModelError, match="row 'r3' are not finite"):
+        LocalSampler(dataclasses.replace(policy, params=broken), 2).sample(requests()[:1], WARM)
 
 
 def test_seed_and_sample_index_make_other_completions(model_dir: Path) -> None:

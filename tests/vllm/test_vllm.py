@@ -18,17 +18,15 @@ from jaxtyping import Float
 from scipy import stats
 
 from drift_jax.config import RunConfig
-from drift_jax.data.prompts import build_sampling_prompt
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import ConfigError, EndpointError, StageError
 from drift_jax.models.hf import load_qwen_config
-from drift_jax.records import read_dsat
 from drift_jax.sampling import supervise
 from drift_jax.sampling.base import Completion, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.server import VllmServer
 from drift_jax.sampling.vllm import VllmSampler, build_body
 from drift_jax.stages.engines import VllmEngine
-from tests.conftest import REPO
+from tests.greedy import assert_greedy, real_prompts
 from tests.tiny_models import VOCAB
 
 IDS = 384  # of the tiny tokenizer; the tiny models have VOCAB rows
@@ -51,32 +49,11 @@ def sampler_of(*running: Running, vocab: int = VOCAB, **given: Any) -> VllmSampl
 # --- what comes back --------------------------------------------------------------------------------------
 
 
-def assert_greedy(model_dir: Path, vocab: int, prompts: list[tuple[int, ...]], drawn: list[Completion]) -> None:
-    """Each id is the most likely one after those before it, by transformers in float32, so these are its greedy ids."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    for prompt, completion in zip(prompts, drawn, strict=True):
-        ids = torch.tensor(completion.token_ids)
-        with torch.no_grad():
-            logits = model(torch.cat([torch.tensor(prompt), ids])[None]).logits[0, len(prompt) - 1 : -1]
-        assert logits[:, :vocab].argmax(-1).tolist() == ids.tolist()
-        logps = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        np.testing.assert_allclose(completion.token_logps, logps.numpy(), atol=1e-3)
-
-
 def test_greedy_ids_equal_those_of_transformers(servers: dict[str, Running]) -> None:
     """32 real prompts of mixed length, float32; and the log-probs that come along."""
     demo = servers["demo"]
     tokenizer = load_tokenizer(demo.model_dir)
-    records = read_dsat(REPO / "data" / "sample" / "dsat.jsonl").records[:32]
-    lengths = [24 + 37 * i % 100 for i in range(32)]
-    prompts = [
-        tuple(build_sampling_prompt(record, "chat", tokenizer, length).ids.tolist())
-        for record, length in zip(records, lengths, strict=True)
-    ]
-    assert len({len(p) for p in prompts}) > 20
+    prompts = real_prompts(tokenizer)
     vocab = load_qwen_config(demo.model_dir).vocab_size
     params = change(PARAMS, temperature=0.0, eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size)
     requests = [SampleRequest(f"p{i}", 0, ids) for i, ids in enumerate(prompts)]
