@@ -80,9 +80,11 @@ def sample_stage(
             return [_second(r, config.sampling.n) for r in requests if cut.get((r.row_id, r.sample))]
 
         with engine.open(missing_of([*requests, *second_draws()]), out_dir, console) as sampler:
-            for wanted, what in ((lambda: requests, "sampling"), (second_draws, "sampling cut ones again")):
+            for list_wanted, what in ((lambda: requests, "sampling"), (second_draws, "sampling cut ones again")):
+                if not (wanted := list_wanted()):
+                    continue
                 what += f", 1 of {jax.process_count()} hosts" if per_host else ""
-                completions = _draw(sampler, missing_of(wanted()), params, keep, what, console)
+                completions = _draw(sampler, missing_of(wanted), params, keep, what, console)
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
         count = _merge(journals, records, config.sampling.n, out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
