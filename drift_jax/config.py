@@ -107,7 +107,7 @@ class SamplingConfig:
     batch_size: PositiveInt | None = 16  # rows decoded together; null: what memory has room for, at most 256
     per_host: bool | None = None  # each host samples its share with a whole policy; null: where one fits a host
     compute_dtype: DType = "bfloat16"
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
 
 
 @dataclass(frozen=True)

@@ -61,14 +61,23 @@ def _place(dims: Dims, x: Array) -> Array:
 _TURNED = {("attention", "o"): (1, 2, 0)}
 
 
-def split_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with an array per layer, in place of stacks. What they were split from is not changed."""
+def split_layers(params: dict[str, Any], consume: bool = False) -> dict[str, Any]:
+    """Parameters with an array per layer, in place of stacks.
+
+    Args:
+      consume: whether the stacks are deleted, one after the other, so that no more than one of them is there twice.
+    """
     stacked = params["blocks"]
     count = len(jax.tree.leaves(stacked)[0])
 
-    def unstack(path: tuple[Any, ...], leaf: Array) -> tuple[Array, ...]:  # one at a time: it is twice in memory
+    def unstack(path: tuple[Any, ...], leaf: Array) -> tuple[Array, ...]:
         order = _TURNED.get(tuple(key.key for key in path))
-        return jax.jit(lambda x: tuple(x[i] if order is None else x[i].transpose(order) for i in range(count)))(leaf)
+        turn = jax.jit(lambda x: tuple(x[i] if order is None else x[i].transpose(order) for i in range(count)))
+        layers = turn(leaf)
+        if consume:
+            jax.block_until_ready(layers)
+            leaf.delete()
+        return layers
 
     split = jax.tree_util.tree_map_with_path(unstack, stacked)
     layers = tuple(jax.tree.map(itemgetter(i), split, is_leaf=lambda node: type(node) is tuple) for i in range(count))
@@ -145,6 +154,11 @@ def _bind(graphdef: Any, params: dict[str, Any]) -> tuple[Qwen, Any]:
     return model, nnx.split(model.blocks)[0]
 
 
+def compute_dtype(graphdef: Any, params: dict[str, Any]) -> Any:
+    """Of activations, and so of keys and values."""
+    return _bind(graphdef, params)[0].dtype
+
+
 def decode(
     graphdef: Any,
     params: dict[str, Any],
@@ -155,8 +169,8 @@ def decode(
     """Logits behind one more token of each row, and the cache with that token's key and value.
 
     Args:
-      lengths: tokens of each row that the cache holds; the new one goes to that place. A row that is full (`lengths` is
-        `cache.slots`) keeps what it has, and its logits mean nothing.
+      lengths: tokens of each row that the cache holds; the new one goes to that place. The logits of a row that is
+        full (`lengths` is `cache.slots`) mean nothing.
     """
     model, code = _bind(graphdef, params)
     rope = build_rope(lengths[:, None], model.config.head_dim, model.config.rope_theta)

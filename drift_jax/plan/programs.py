@@ -9,6 +9,7 @@ This is the one file of the plan that makes meshes and puts them in force.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,19 +117,20 @@ class Programs:
         sampling = self.config.sampling
         graphdef, declared = declare_qwen(self.architecture, jnp.dtype(sampling.compute_dtype))
         weights = abstract_params(declared, layout, sampling.compute_dtype)
-        sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), self._sampled_rows(layout))
+        rows = self._sampled_rows(layout, weights)
+        sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), rows, self.config.model.attention)
         room = round_length(sampling.max_input_length + sampling.max_new_tokens, sampler.room_steps)
         with use_layout(layout):
             return sampler.lower(
                 SamplingParams.from_config(sampling, (0,), self.architecture.vocab_size), room
             ).compile()
 
-    def _sampled_rows(self, layout: Layout) -> int:
+    def _sampled_rows(self, layout: Layout, weights: Any) -> int:
         if (rows := self.config.sampling.batch_size) is not None:
             return rows
-        size = self.architecture.num_parameters * jnp.dtype(self.config.sampling.compute_dtype).itemsize
-        limit = self.where.chip.limit_gib
-        free = float("inf") if limit is None else limit * 2**30 - size / layout.devices
+        limit, leaves = self.where.chip.limit_gib, jax.tree.leaves(weights)
+        size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        free = float("inf") if limit is None else limit * 2**30 - size
         return rows_that_fit(self.config, layout, self.architecture, free)
 
     # --- what is known here and not in the compiled text ------------------------------------------------------

@@ -9,7 +9,7 @@ the distribution over the kept tokens, exactly, without sorting the vocabulary. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 _COLUMNS = 128
+_NEARLY_ALL = 1 - 1e-6  # of the mass: rounding of its sum must not ask for more than there is
+_SMALL_TOP_P = 0.5
 _TRIES = 2  # tokens drawn at a time
 
 
@@ -65,23 +67,37 @@ def draw_tokens(
     weights = jnp.exp(above / temperature)
     if top_k:
         weights = jnp.where(weights >= _kth_largest(weights, top_k)[:, None, None], weights, 0.0)
-    ids = _draw_kept(weights, keys, top_p)
+    if top_p < _SMALL_TOP_P:  # most draws would be left out: what is kept is found first
+        target = min(top_p, _NEARLY_ALL) * _sum(weights)
+        weights = jnp.where(weights >= _least_kept(weights, target)[:, None, None], weights, 0.0)
+        top_p = 1.0
+    ids = _draw_kept(weights, keys, top_p, broken=~jnp.isfinite(norm))
     logps = jnp.take_along_axis(above.reshape(rows, -1), ids[:, None], axis=1)[:, 0] - norm
     return Drawn(ids, logps)
 
 
 def _kth_largest(weights: Float[Array, "B R C"], k: int) -> Float[Array, " B"]:
-    """The k-th largest of each row's weights, which are not negative.
+    """The k-th largest of each row's weights. A third of the time of `jax.lax.top_k` on a CPU."""
+    return _threshold(weights, lambda above: above.astype(jnp.int32).sum(axis=1).sum(axis=1) >= k)
 
-    Found bit by bit: such floats are ordered like their bit patterns, so 31 passes over the row are exact. They cost a
-    third of `jax.lax.top_k` on a CPU.
+
+def _least_kept(weights: Float[Array, "B R C"], target: Float[Array, " B"]) -> Float[Array, " B"]:
+    """The largest weight of each row such that it and those above sum to `target`."""
+    return _threshold(weights, lambda above: _sum(jnp.where(above, weights, 0.0)) >= target)
+
+
+def _threshold(
+    weights: Float[Array, "B R C"], enough: Callable[[Bool[Array, "B R C"]], Bool[Array, " B"]]
+) -> Float[Array, " B"]:
+    """The largest t of each row for which `enough(weights >= t)`, of weights that are not negative.
+
+    Found bit by bit: such floats are ordered like their bit patterns, so 31 passes over the row are exact.
     """
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
     def one_bit(i: Int[Array, ""], found: Int[Array, " B"]) -> Int[Array, " B"]:
         candidate = found | (1 << (30 - i))
-        many = (bits >= candidate[:, None, None]).astype(jnp.int32).sum(axis=1).sum(axis=1) >= k
-        return jnp.where(many, candidate, found)
+        return jnp.where(enough(bits >= candidate[:, None, None]), candidate, found)
 
     found = jax.lax.fori_loop(0, 31, one_bit, jnp.zeros(len(weights), jnp.int32))
     return jax.lax.bitcast_convert_type(found, jnp.float32)
@@ -93,7 +109,10 @@ class _Tries(NamedTuple):
     kept: Bool[Array, " B"]
 
 
-def _draw_kept(weights: Float[Array, "B R C"], keys: Key[Array, "B"], top_p: float) -> Int[Array, " B"]:
+def _draw_kept(
+    weights: Float[Array, "B R C"], keys: Key[Array, "B"], top_p: float, broken: Bool[Array, " B"]
+) -> Int[Array, " B"]:
+    """`broken`: rows that nothing can be drawn from, which get token 0."""
     columns = weights.sum(axis=1)
     below = jnp.cumsum(columns, axis=1)
     total = below[:, -1]
@@ -104,14 +123,13 @@ def _draw_kept(weights: Float[Array, "B R C"], keys: Key[Array, "B"], top_p: flo
         for i in range(_TRIES if top_p < 1 else 1):
             ids, weight = _invert(weights, columns, below, uniform[:, i] * total)
             mass = _sum(jnp.where(weights > weight[:, None, None], weights, 0.0)) if top_p < 1 else jnp.zeros(())
-            # 1 - 1e-6: rounding of the sum must not ask for more than there is.
-            fits = (mass < min(top_p, 1 - 1e-6) * total) & (weight > 0)
+            fits = (mass < min(top_p, _NEARLY_ALL) * total) & (weight > 0)
             found = jnp.where(kept | ~fits, found, ids)
             kept |= fits
         return _Tries(state.count + 1, found, kept)
 
     rows = len(weights)
-    start = _Tries(jnp.int32(0), jnp.zeros(rows, jnp.int32), ~jnp.isfinite(total))  # of no number nothing can be drawn
+    start = _Tries(jnp.int32(0), jnp.zeros(rows, jnp.int32), broken)
     return jax.lax.while_loop(lambda state: ~jnp.all(state.kept), attempt, start).ids
 
 

@@ -9,6 +9,7 @@ The cache begins with the room that the shortest prompts need, and grows in few 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, final
 
@@ -22,6 +23,7 @@ from drift_jax.models.attention import resolve_attention
 from drift_jax.models.decoding import (
     KVCache,
     cache_shardings,
+    compute_dtype,
     copy_slots,
     decode,
     grow_cache,
@@ -31,11 +33,11 @@ from drift_jax.models.decoding import (
     split_abstract,
     split_layers,
 )
-from drift_jax.models.policy import Policy, bind
+from drift_jax.models.policy import Policy
 from drift_jax.sampling.base import Completion, OnBatch, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.draw import draw_tokens, row_keys, row_words
 from drift_jax.sampling.slots import Admission, SlotTable, round_length
-from drift_jax.sharding import check_sampling_batch, put, replicated, use_layout
+from drift_jax.sharding import Layout, check_sampling_batch, put, replicated, use_layout
 
 _BUDGET = 1024  # tokens of packed prompts a device at a time
 _STEPS = 64  # tokens a row between two looks of the host, at most
@@ -142,23 +144,37 @@ def generate(
     return ended.rows, ended.cache
 
 
+def keeps_stacks(layout: Layout) -> bool:
+    """Whether one program decodes all layers (see models/decoding.py)."""
+    return layout.platform == "tpu"
+
+
+def split_policy(policy: Policy) -> Policy:
+    """The policy as the sampler takes it, without a second copy of the weights; the one that is given is used up."""
+    if keeps_stacks(policy.layout):
+        return policy
+    return replace(policy, params=split_layers(policy.params, consume=True))
+
+
 @final
 class LocalSampler(Sampler):
     """Samples with the policy's weights in this process.
 
     Args:
+      policy: from `split_policy`, or as it was loaded: then the sampler makes a copy of what it needs in another way.
       batch_size: rows decoded together; the slots of the cache.
+      attention: the back end for prompts, as `model.attention`.
     """
 
-    def __init__(self, policy: Policy, batch_size: int) -> None:
+    def __init__(self, policy: Policy, batch_size: int, attention: str = "auto") -> None:
         check_sampling_batch(policy.layout, batch_size)
         self.policy, self.batch_size = policy, batch_size
         self.parts = policy.layout.ways("batch")
-        self.stacked = policy.layout.platform == "tpu"
+        self.stacked = keeps_stacks(policy.layout)
         # A CPU computes what of the room is empty; elsewhere compiling anew costs more.
         self.room_steps = 4 if policy.layout.platform == "cpu" else 2
-        self.dtype = bind(policy.graphdef, policy.params).dtype  # of keys and values
-        graphdef, backend = policy.graphdef, resolve_attention("auto", policy.layout.platform)
+        self.dtype = compute_dtype(policy.graphdef, policy.params)  # of keys and values
+        graphdef, backend = policy.graphdef, resolve_attention(attention, policy.layout.platform)
         # Every process of the mesh reads what was drawn. All programs give the cache the same placement: one that came
         # with another would be compiled for anew.
         everywhere = replicated(policy.layout)
@@ -184,7 +200,8 @@ class LocalSampler(Sampler):
     def params(self) -> dict[str, Any]:
         """The weights as the programs take them."""
         if self._params is None:
-            self._params = self.policy.params if self.stacked else split_layers(self.policy.params)
+            split = self.stacked or isinstance(self.policy.params["blocks"], tuple)
+            self._params = self.policy.params if split else split_layers(self.policy.params)
         return self._params
 
     def lower(self, sampling: SamplingParams, room: int) -> jax.stages.Lowered:
@@ -232,11 +249,14 @@ class _Session:
     def __init__(self, sampler: LocalSampler, requests: list[SampleRequest], params: SamplingParams) -> None:
         self.sampler, self.sampling = sampler, params
         self.rule = DrawRule.of(params)
-        self.table = SlotTable(requests, sampler.parts, sampler.batch_size // sampler.parts, _BUDGET)
+        # Few requests need few slots; powers of two are few compilations.
+        needed = 1 << (-(-len(requests) // sampler.parts) - 1).bit_length()
+        per_part = min(sampler.batch_size // sampler.parts, needed)
+        self.table = SlotTable(requests, sampler.parts, per_part, _BUDGET)
         self.everywhere = replicated(sampler.policy.layout)
-        self.rows = sampler.jitted_init_rows(sampler.batch_size, params.max_new_tokens)
+        self.rows = sampler.jitted_init_rows(self.table.rows, params.max_new_tokens)
         self.cache: KVCache | None = None
-        self.lengths = np.zeros(sampler.batch_size, np.int64)  # as the device has them
+        self.lengths = np.zeros(self.table.rows, np.int64)  # as the device has them
 
     def run(self) -> Iterable[list[Completion]]:
         while self.table.waiting or self.table.running:
@@ -261,12 +281,12 @@ class _Session:
 
     def _admit(self, admission: Admission) -> None:
         """Prompts into the cache, and the rows that decode them."""
-        fresh, last, words = (np.zeros(self.table.rows, kind) for kind in (bool, np.int32, np.uint32))
+        fresh, last = np.zeros(self.table.rows, bool), np.zeros(self.table.rows, np.int32)
         words = np.zeros((self.table.rows, 2), np.uint32)
-        for slot, request in admission.requests.items():
-            fresh[slot], last[slot] = True, request.prompt_ids[-1]
-            self.lengths[slot] = len(request.prompt_ids) - 1
-            words[slot] = row_words([(request.row_id, request.sample)])[0]
+        slots, requests = list(admission.requests), admission.requests.values()
+        fresh[slots], last[slots] = True, [request.prompt_ids[-1] for request in requests]
+        self.lengths[slots] = [len(request.prompt_ids) - 1 for request in requests]
+        words[slots] = row_words((request.row_id, request.sample) for request in requests)
         self._make_room(0)
         sampler, lengths = self.sampler, self.lengths.astype(np.int32)
         self.rows = sampler.jitted_admit(self.rows, *map(self._put, (fresh, lengths, last, words)))

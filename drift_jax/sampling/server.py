@@ -103,6 +103,7 @@ def build_command(config: RunConfig, model: QwenConfig, model_dir: Path, port: i
         "--max-model-len": longest,
         # Else the model's generation_config.json changes whatever a request leaves out.
         "--generation-config": "vllm",
+        "--logprobs-mode": "raw_logprobs",  # before temperature, top-k and top-p
         "--tensor-parallel-size": choose_tensor_parallel(vllm, model, device),
     }
     if device == "cpu":

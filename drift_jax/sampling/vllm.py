@@ -218,8 +218,9 @@ class VllmSampler(Sampler):
             while (job := work.take()) is not None:
                 index, server = job
                 try:
-                    news.put((index, self._draw(server, requests[index], params)))
-                    work.done(server)
+                    completion = self._draw(server, requests[index], params)
+                    work.done(server)  # before the news, after which `sample` may return and be called again
+                    news.put((index, completion))
                 except EndpointError as error:
                     was_live = work.give_back(index, server)
                     if was_live or not error.passing:

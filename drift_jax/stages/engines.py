@@ -26,7 +26,7 @@ from drift_jax.sampling.handoff import (
     probe_ids,
     server_logps,
 )
-from drift_jax.sampling.local import LocalSampler
+from drift_jax.sampling.local import LocalSampler, split_policy
 from drift_jax.sampling.running import find_model, full_url, reload_weights
 from drift_jax.sampling.server import (
     SERVED_NAME,
@@ -65,12 +65,15 @@ class LocalEngine(Engine):
 
     @contextlib.contextmanager
     def open(self, missing: Sequence[SampleRequest], out_dir: Path, console: Console) -> Iterator[Sampler]:
+        if not any(gather(bool(missing))):
+            yield _Idle()
+            return
         dtype = self._config.sampling.compute_dtype
-        policy = open_policy(self._model_dir, self._layout, dtype, dtype, console)
+        policy = split_policy(open_policy(self._model_dir, self._layout, dtype, dtype, console))
         rows = self._config.sampling.batch_size
         if rows is None:  # on a mesh of all hosts they must agree
             rows = min(gather(rows_that_fit(self._config, self._layout, policy.config, free_memory())))
-        yield LocalSampler(policy, rows)
+        yield LocalSampler(policy, rows, self._config.model.attention)
 
 
 @final

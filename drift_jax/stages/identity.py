@@ -44,8 +44,11 @@ def sample_identity(config: RunConfig, manifest: Manifest, policy: Path, dsat: P
 
 def sampling_job(config: RunConfig, inputs: dict[str, str]) -> str:
     """A hash of all that completions depend on: of the same job they are the same. `inputs`: of `sample_identity`."""
-    # n counts for what second draws are called.
-    values = [config_slice(config, (*_DRAW_KEYS, "sampling.n")), inputs]
+    # n counts for what second draws are called; a chooser may need what else is not kept.
+    keys = config_slice(config, ("sampling.",))
+    sampling = config.sampling
+    stored = {"second draws": sampling.on_cut == "resample", "log-probs": sampling.chooser == "logprob"}
+    values = [{key: keys[key] for key in (*_DRAW_KEYS, "sampling.n")}, stored, inputs]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -71,20 +71,15 @@ def sample_stage(
             timer.count_tokens(sum(len(c.token_ids) for c in completions))
             return _example(by_id[rows[-1]["id"]], rows[-1]["text"], config.sampling.style)
 
-        def missing_of(wanted: Iterable[SampleRequest]) -> list[SampleRequest]:
+        def missing(again: bool) -> list[SampleRequest]:
+            wanted = _second_draws(config, requests, cut) if again else requests
             return [r for r in wanted if (r.row_id, r.sample) not in cut]
 
-        def second_draws() -> list[SampleRequest]:
-            if config.sampling.on_cut != "resample":
-                return []
-            return [_second(r, config.sampling.n) for r in requests if cut.get((r.row_id, r.sample))]
-
-        with engine.open(missing_of([*requests, *second_draws()]), out_dir, console) as sampler:
-            for list_wanted, what in ((lambda: requests, "sampling"), (second_draws, "sampling cut ones again")):
-                if not (wanted := list_wanted()):
-                    continue
+        with engine.open([*missing(False), *missing(True)], out_dir, console) as sampler:
+            for again in (False, True) if config.sampling.on_cut == "resample" else (False,):
+                what = "sampling cut ones again" if again else "sampling"
                 what += f", 1 of {jax.process_count()} hosts" if per_host else ""
-                completions = _draw(sampler, missing_of(wanted), params, keep, what, console)
+                completions = _draw(sampler, missing(again), params, keep, what, console)
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
         count = _merge(journals, records, config.sampling.n, out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
@@ -138,8 +133,14 @@ def _draw(
         return sampler.sample(missing, params, on_batch)
 
 
-def _second(request: SampleRequest, samples: int) -> SampleRequest:
-    return SampleRequest(request.row_id, samples + request.sample, request.prompt_ids)
+def _second_draws(
+    config: RunConfig, requests: Sequence[SampleRequest], cut: Mapping[tuple[str, int], bool]
+) -> list[SampleRequest]:
+    """Of requests whose completion was cut by length: sample n + i in place of sample i, where that is wanted."""
+    if config.sampling.on_cut != "resample":
+        return []
+    again = [r for r in requests if cut.get((r.row_id, r.sample))]
+    return [SampleRequest(r.row_id, config.sampling.n + r.sample, r.prompt_ids) for r in again]
 
 
 def _completion_row(completion: Completion, tokenizer: ChatTokenizer, logps: bool, job: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from drift_jax.distributed import on_main
 from drift_jax.files import write_json
 from drift_jax.records import Message
 from drift_jax.sampling.base import SampleRequest, SamplingParams
-from drift_jax.sampling.local import LocalSampler
+from drift_jax.sampling.local import LocalSampler, split_policy
 from drift_jax.sharding import build_layout, for_sampling
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 
@@ -30,7 +30,7 @@ def showcase_stage(config: RunConfig, before: Path, after: Path, out_path: Path,
 def _answer(config: RunConfig, model_dir: Path, prompts: tuple[str, ...], console: Console) -> list[str]:
     tokenizer = open_tokenizer(model_dir)
     dtype = config.sampling.compute_dtype
-    policy = open_policy(model_dir, for_sampling(build_layout(config.mesh)), dtype, dtype, console)
+    policy = split_policy(open_policy(model_dir, for_sampling(build_layout(config.mesh)), dtype, dtype, console))
     params = SamplingParams(
         temperature=0.0,
         top_p=1.0,
@@ -45,5 +45,5 @@ def _answer(config: RunConfig, model_dir: Path, prompts: tuple[str, ...], consol
         for i, prompt in enumerate(prompts)
     ]
     ways = policy.layout.ways("batch")
-    completions = LocalSampler(policy, -(-len(prompts) // ways) * ways).sample(requests, params)
+    completions = LocalSampler(policy, -(-len(prompts) // ways) * ways, config.model.attention).sample(requests, params)
     return [tokenizer.decode(c.token_ids) for c in completions]

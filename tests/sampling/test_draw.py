@@ -32,6 +32,19 @@ def test_kept_tokens_are_those_of_transformers(top_k: int, top_p: float) -> None
         assert (counts[kept > 1e-3] > 0).all()
 
 
+@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (0, 0.9), (5, 0.9), (5, 0.1)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_none_end_the_draw(bad: float, top_k: int, top_p: float) -> None:
+    """One row is broken, and says so; the other is drawn as if alone."""
+    logits = np.random.default_rng(3).normal(size=(2, 300)).astype(np.float32)
+    keys = row_keys(1, jnp.asarray(row_words((str(i), 0) for i in range(2))))
+    whole = draw_tokens(jnp.asarray(logits), keys, 1.0, top_k, top_p)
+    logits[0, 7] = bad
+    drawn = draw_tokens(jnp.asarray(logits), keys, 1.0, top_k, top_p)
+    assert not np.isfinite(drawn.logps[0])
+    assert drawn.ids[1] == whole.ids[1] and drawn.logps[1] == whole.logps[1]
+
+
 def test_log_probs_are_those_of_the_logits_as_they_are() -> None:
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(5, 300)).astype(np.float32) * 3)
     keys = row_keys(1, jnp.asarray(row_words((str(i), 0) for i in range(5))))

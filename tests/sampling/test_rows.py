@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import psutil
 import pytest
 
 from drift_jax.config import MeshConfig, RunConfig, build_config
@@ -22,12 +23,12 @@ def config_of(**sampling: object) -> RunConfig:
 @pytest.mark.parametrize(
     "mesh,free,expected",
     [
-        (MeshConfig(fsdp=1), 10 * ROW, 8),  # a fifth is for prompts and logits
+        (MeshConfig(fsdp=1), 10 * ROW, 4),  # a fifth is for prompts and logits; while it grows, a cache is there twice
         (MeshConfig(fsdp=1), 0.0, 1),
         (MeshConfig(fsdp=1), 1e15, 32),  # on a CPU
-        (MeshConfig(fsdp=4), 5 * ROW, 16),
-        (MeshConfig(fsdp=2, tensor=4), ROW, 6),  # a device has one kv head of a row
-        (MeshConfig(fsdp=1, tensor=8), 10 * ROW, 8),  # eight devices cannot share four kv heads
+        (MeshConfig(fsdp=4), 5 * ROW, 8),
+        (MeshConfig(fsdp=2, tensor=4), 2 * ROW, 6),  # a device has one kv head of a row
+        (MeshConfig(fsdp=1, tensor=8), 10 * ROW, 4),  # eight devices cannot share four kv heads
     ],
 )
 def test_rows_that_fit(mesh: MeshConfig, free: float, expected: int) -> None:
@@ -39,9 +40,10 @@ def test_rows_that_fit(mesh: MeshConfig, free: float, expected: int) -> None:
 def test_longer_rows_are_fewer() -> None:
     layout = for_sampling(build_layout(MeshConfig(), jax.devices()[:1]))
     rows = [rows_that_fit(config_of(max_new_tokens=new), layout, MODEL, 20 * ROW) for new in (512, 4096)]
-    assert rows == [16, 8]
-    assert rows_that_fit(config_of(compute_dtype="float32"), layout, MODEL, 20 * ROW) == 8
+    assert rows == [9, 4]
+    assert rows_that_fit(config_of(compute_dtype="float32"), layout, MODEL, 20 * ROW) == 4
 
 
 def test_a_host_says_what_it_has_left() -> None:
-    assert 0 < free_memory() < 2**50
+    """Eight devices here share the host's memory, half of which counts."""
+    assert 0.5 < free_memory() * 16 / psutil.virtual_memory().available < 2
