@@ -108,7 +108,7 @@ def test_unknown_handbook_keys_are_all_named(drift: Drift, handbook: Path) -> No
 def resolved(monkeypatch: pytest.MonkeyPatch, drift: Drift) -> Callable[..., tuple[RunConfig, str]]:
     """What `drift run` would run, and what it printed before."""
     runs: list[RunConfig] = []
-    monkeypatch.setattr("drift_jax.recipe.run", lambda config, console: runs.append(config))
+    monkeypatch.setattr("drift_jax.recipe.run", lambda config, console, part: runs.append(config))
     monkeypatch.setenv("COLUMNS", "600")  # every row of the table in one line
 
     def call(*words: object) -> tuple[RunConfig, str]:
