@@ -15,7 +15,7 @@ if "JAX_PLATFORMS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ
     # Most of the time was that of LLVM and of the emitter of fusions. Sharding, collectives and products of a program
     # are the same without; the fusions are others, and a scatter becomes a loop. Also in the commands that tests
     # start. What XLA_FLAGS says already is said last, and JAX_PLATFORMS=cpu leaves all as users have it.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
