@@ -38,7 +38,7 @@ def test_greedy_ids_of_real_prompts_equal_those_of_transformers(demo_model_dir: 
     """32 prompts of mixed length through 8 slots, so that each slot is taken several times."""
     tokenizer = load_tokenizer(demo_model_dir)
     policy = load_policy(demo_model_dir, build_layout(MeshConfig(), jax.devices()[:1]), "float32")
-    params = SamplingParams(0.0, 1.0, 0, 12, 0, tokenizer.eos_ids, tokenizer.vocab_size)
+    params = SamplingParams(0.0, 1.0, 0, 8, 0, tokenizer.eos_ids, tokenizer.vocab_size)
     prompts = real_prompts(tokenizer)
     requests = [SampleRequest(f"p{i}", 0, ids) for i, ids in enumerate(prompts)]
     assert_greedy(demo_model_dir, tokenizer.vocab_size, prompts, LocalSampler(policy, 8).sample(requests, params))
