@@ -22,10 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # runs from a checkout that is not installed
+
+if TYPE_CHECKING:
+    from drift_jax.sampling.base import Sampler
 
 TEMPERATURE, TOP_P = 0.7, 0.9
 # (prompts, new tokens) -> seconds
@@ -67,13 +70,27 @@ def load_prompts(model: Path, data: Path, longest: int, count: int) -> list[list
     return [build_sampling_prompt(r, "chat", tokenizer, longest).ids.tolist() for r in records]
 
 
+def timed_sampler(sampler: Sampler, eos_ids: tuple[int, ...], vocab_size: int) -> Timed:
+    from drift_jax.sampling.base import SampleRequest, SamplingParams
+
+    def run(prompts: list[list[int]], new: int) -> float:
+        params = SamplingParams(TEMPERATURE, TOP_P, 0, new, 0, eos_ids, vocab_size)
+        requests = [SampleRequest(str(i), 0, tuple(prompt)) for i, prompt in enumerate(prompts)]
+        start = time.perf_counter()
+        completions = sampler.sample(requests, params)
+        seconds = time.perf_counter() - start
+        assert all(len(c.token_ids) == new for c in completions)
+        return seconds
+
+    return run
+
+
 def open_local(model: Path, dtype: str) -> Callable[[int], Timed]:
     import jax
 
     from drift_jax.config import MeshConfig
     from drift_jax.data.tokenizer import load_tokenizer
     from drift_jax.models.policy import load_policy
-    from drift_jax.sampling.base import SampleRequest, SamplingParams
     from drift_jax.sampling.local import LocalSampler
     from drift_jax.sharding import build_layout
 
@@ -81,18 +98,7 @@ def open_local(model: Path, dtype: str) -> Callable[[int], Timed]:
     vocab = load_tokenizer(model).vocab_size
 
     def with_batch(batch: int) -> Timed:
-        sampler = LocalSampler(policy, batch)
-
-        def run(prompts: list[list[int]], new: int) -> float:
-            params = SamplingParams(TEMPERATURE, TOP_P, 0, new, 0, (vocab,), vocab)  # no id is an end
-            requests = [SampleRequest(str(i), 0, tuple(prompt)) for i, prompt in enumerate(prompts)]
-            start = time.perf_counter()
-            completions = sampler.sample(requests, params)
-            seconds = time.perf_counter() - start
-            assert all(len(c.token_ids) == new for c in completions)
-            return seconds
-
-        return run
+        return timed_sampler(LocalSampler(policy, batch), (vocab,), vocab)  # no id is an end
 
     return with_batch
 
@@ -120,7 +126,6 @@ def open_vllm(model: Path, dtype: str, python: str, longest: int, new: int) -> C
     from drift_jax.config import build_config
     from drift_jax.endpoint import Retry
     from drift_jax.models.hf import load_qwen_config
-    from drift_jax.sampling.base import SampleRequest, SamplingParams
     from drift_jax.sampling.server import SERVED_NAME, VllmServer
     from drift_jax.sampling.vllm import Served, VllmSampler
 
@@ -146,17 +151,7 @@ def open_vllm(model: Path, dtype: str, python: str, longest: int, new: int) -> C
 
     def with_batch(batch: int) -> Timed:
         sampler = VllmSampler([served], architecture.vocab_size, batch, None, print)
-
-        def run(prompts: list[list[int]], new: int) -> float:
-            params = SamplingParams(TEMPERATURE, TOP_P, 0, new, 0, (), architecture.vocab_size)
-            requests = [SampleRequest(str(i), 0, tuple(prompt)) for i, prompt in enumerate(prompts)]
-            start = time.perf_counter()
-            completions = sampler.sample(requests, params)
-            seconds = time.perf_counter() - start
-            assert all(len(c.token_ids) == new for c in completions)
-            return seconds
-
-        return run
+        return timed_sampler(sampler, (), architecture.vocab_size)
 
     return with_batch
 

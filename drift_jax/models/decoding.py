@@ -1,12 +1,12 @@
 """The model as a sampler uses it: keys and values of many rows in a cache, and one more token of each row at a time.
 
 A row is a slot of the cache. Prompts are packed into rows of tokens, go through the layers together, and what attention
-keeps of them is copied into their slots. A decoding step reads the cache, and writes the new tokens' keys and values
-once all layers are done: in a loop on the device nothing but these is ever copied.
+keeps of them is copied into their slots. In a decoding step each layer writes the new tokens' keys and values into the
+cache before it reads it: in a loop on the device nothing but these is ever copied.
 
-The layers are either one program for all of them, with weights and cache stacked on a leading dim (`layers` is a dict),
-or one for each (`layers` is a tuple of dicts). Compilers for CPU and GPU copy a layer out of a stack before they use
-it, which doubles what a step reads; TPU's does not.
+The layers are either one program for all of them, with weights and cache stacked on a leading dim (`params["blocks"]`
+is a dict), or one for each (it is a tuple of dicts). Compilers for CPU and GPU copy a layer out of a stack before they
+use it, which doubles what a step reads; TPU's does not.
 """
 
 from __future__ import annotations
@@ -106,11 +106,15 @@ def _turn_back(weights: dict[str, Any]) -> dict[str, Any]:
     return weights
 
 
-def init_cache(config: QwenConfig, rows: int, slots: int, dtype: DTypeLike, stacked: bool) -> KVCache:
+def _cache_shape(config: QwenConfig, dims: Dims, rows: int, slots: int) -> tuple[int, ...]:
+    """Of the keys or values of one layer."""
     sizes = {"batch": rows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, None: slots}
+    return tuple(sizes[dim] for dim in dims)
 
+
+def init_cache(config: QwenConfig, rows: int, slots: int, dtype: DTypeLike, stacked: bool) -> KVCache:
     def empty(dims: Dims) -> Any:
-        shape = tuple(sizes[dim] for dim in dims)
+        shape = _cache_shape(config, dims, rows, slots)
         if stacked:
             return jnp.zeros((config.layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
@@ -122,8 +126,7 @@ def cache_shardings(config: QwenConfig, layout: Layout, rows: int, stacked: bool
     """How a cache lies on the mesh, whatever room it has. Raises `ConfigError` where the rows cannot be split."""
 
     def place(dims: Dims) -> Any:
-        sizes = {"batch": rows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, None: 1}
-        shape = tuple(sizes[dim] for dim in dims)
+        shape = _cache_shape(config, dims, rows, 1)
         if stacked:
             return build_sharding(layout, (None, *dims), (config.layers, *shape), "KV cache")
         return (build_sharding(layout, dims, shape, "KV cache"),) * config.layers
