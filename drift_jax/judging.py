@@ -124,7 +124,8 @@ def _ask_missing(
     what: str,
 ) -> tuple[dict[str, str], _Lost]:
     """Adds to `known` and the journal; (why others have no answer, by key; what these took)."""
-    failures, lost, unanswered = dict[str, str](), _Lost(), 0
+    failures, lost, unanswered, answered = dict[str, str](), _Lost(), 0, False
+    enough = _GIVE_UP if known else min(_GIVE_UP, len(missing))
     with stage_progress(what, len(missing), "questions", console=console) as bar:
         pool = ThreadPoolExecutor(judge.config.concurrency)
         try:
@@ -136,13 +137,15 @@ def _ask_missing(
                 except EndpointError as error:
                     failures[key] = str(error)
                     if isinstance(error, MalformedError):
+                        answered = True
                         lost.malformed += error.malformed
                         lost.tokens += error.tokens
                     else:
                         unanswered += 1
-                    if not known and unanswered >= min(_GIVE_UP, len(missing)):
+                    if not answered and unanswered >= enough:
                         raise _no_server(judge.config, unanswered, error) from None
                 else:
+                    answered = True
                     row = _row(key, missing[key], judge.config) | {
                         "answer": verdict.answer,
                         "malformed": verdict.malformed,
