@@ -98,9 +98,7 @@ class Judge:
         """The value of `verdict`."""
         return self.verdict(prompt, schema, read).value
 
-    def verdict(
-        self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]
-    ) -> Verdict[T]:
+    def verdict(self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> Verdict[T]:
         """`read` of the object that the model answers with; asked again where that raises or is no JSON object.
 
         Args:

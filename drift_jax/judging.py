@@ -70,9 +70,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Judged(Generic[T]):
-    """Values by question id, in the order of the questions, and why there is none for the others."""
+    """Values by question id, in the order of the questions, and why there is none for the others.
+
+    `rows`: what the cache holds of the same questions: answer, prompt_tokens, completion_tokens, ...
+    """
 
     values: dict[str, T]
+    rows: dict[str, dict[str, Any]]
     failures: dict[str, str]
     tally: Tally
 
@@ -98,13 +102,14 @@ def ask_all(
         missing = {keys[q.id]: q for q in questions if keys[q.id] not in known}
         cached = sum(key in known for key in keys.values())
         failures, lost = _ask_missing(missing, judge, journal, known, console, what)
-    values = {q.id: q.read(known[keys[q.id]]["answer"]) for q in questions if keys[q.id] in known}
+    rows = {q.id: known[keys[q.id]] for q in questions if keys[q.id] in known}
+    values = {q.id: q.read(rows[q.id]["answer"]) for q in questions if q.id in rows}
     failed = {q.id: failures[keys[q.id]] for q in questions if keys[q.id] not in known}
-    used = [known[key] for key in dict.fromkeys(keys.values()) if key in known]
+    used = {row["key"]: row for row in rows.values()}.values()
     tokens = sum((Tokens(row["prompt_tokens"], row["completion_tokens"]) for row in used), lost.tokens)
     malformed = lost.malformed + sum(row["malformed"] for row in used)
     tally = Tally(len(questions), cached, len(failed), malformed, tokens, _dollars(tokens, config))
-    return Judged(values, failed, tally)
+    return Judged(values, rows, failed, tally)
 
 
 @dataclass
