@@ -1,7 +1,8 @@
 """Many questions to one judge: a cache on disk, several at a time, failures counted, and what it cost.
 
 The cache is also the journal. An answer is on disk as soon as it is there, under (prompt hash, model, parameters), and
-asked for once; a run that was killed goes on from it, and what failed is asked again. Where the server is shapes nothing.
+is asked for once; a run that was killed goes on from it, and what failed is asked again. The server's address is no
+part of the key.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -117,7 +118,7 @@ class _Lost:
     """What questions took that have no usable answer."""
 
     malformed: int = 0
-    tokens: Tokens = Tokens()
+    tokens: Tokens = field(default_factory=Tokens)
 
 
 def _ask_missing(
