@@ -127,7 +127,7 @@ def load_check(name: str) -> Check:
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"--check {name}: {error}. Modules are looked for in {here} and where Python does.") from None
     finally:
