@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -134,4 +134,4 @@ def load_check(name: str) -> Check:
         sys.path.remove(here)
     if not callable(found):
         raise ConfigError(f"--check {name} is no function.")
-    return found
+    return cast(Check, found)
