@@ -15,6 +15,7 @@ The length-controlled win rate is the package's: it needs `df_gamed.csv` of the 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import read_api_key
 from drift_jax.errors import DataError, StageError
 from drift_jax.evaluation.intervals import score_interval
+from drift_jax.evaluation.report import Report, Section, number, with_interval
 from drift_jax.files import atomic_writer, write_json
 
 LC_MISSING = "not computed: needs df_gamed.csv"
@@ -186,15 +188,25 @@ def annotate(
         return rates | {"length_controlled_winrate": _length_controlled(package, annotations, gamed)}
 
 
+def check_package() -> None:
+    """Raises `StageError` where the package is missing; it is not imported for that."""
+    if importlib.util.find_spec("alpaca_eval") is None:
+        raise _no_package("it is not installed")
+
+
 def _package() -> Any:
     try:
         import alpaca_eval  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise StageError(
-            f"annotating needs the package alpaca-eval ({error}): pip install 'drift-jax[alpaca-eval]'. Without it "
-            "model_outputs.json is written, and --rows FILE computes win rates of annotations."
-        ) from None
+        raise _no_package(str(error)) from None
     return alpaca_eval
+
+
+def _no_package(why: str) -> StageError:
+    return StageError(
+        f"annotating needs the package alpaca-eval ({why}): pip install 'drift-jax[alpaca-eval]'. Without --annotate "
+        "model_outputs.json is written, and --rows FILE computes win rates of annotations."
+    )
 
 
 @contextlib.contextmanager
@@ -261,3 +273,22 @@ def _plain(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return value if isinstance(value, str | int | float | bool | None) else str(value)
 
     return [plain(row) for row in annotations]
+
+
+def build_report(rates: Mapping[str, Any], model: str, annotator: str) -> Report:
+    """Of `annotate`; `model` is the judge's."""
+    controlled = rates["length_controlled_winrate"]
+    columns = ["", "win rate, %", "length-controlled, %", "SE", "discrete, %", "rows", "length"]
+    cells = [
+        with_interval(rates["win_rate"], rates["win_rate_interval"]),
+        controlled if isinstance(controlled, str) else number(controlled),
+        number(rates["standard_error"]),
+        number(rates["discrete_win_rate"]),
+        str(rates["n_total"]),
+        number(rates["avg_length"], "d"),
+    ]
+    notes = [f"Judge: {model}, annotator {annotator} of alpaca-eval."]
+    if rates["dropped"]:
+        notes.append(f"{rates['dropped']} rows without a usable preference are left out.")
+    data = dict(rates) | {"judge": model, "annotator": annotator}
+    return Report("AlpacaEval 2", [Section("AlpacaEval 2", columns, [["model", *cells]])], notes, data)

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from drift_jax.evaluation.intervals import mean_interval
 
+T = TypeVar("T")
 Outcome = Literal["win_much", "win", "tie", "lose", "lose_much"]
 Tags = Mapping[str, frozenset[str]]  # session id -> groups
 
@@ -140,7 +141,7 @@ def score_table(model: str, rows: Sequence[ScoreRow], tags: Tags | None) -> dict
 def reward_table(model: str, rows: Sequence[PairRow], tags: Tags | None, k: int = LENGTH_PENALTY) -> dict[str, Any]:
     """The row of `pairwise-REFERENCE-K=k.json` for a model; `reward_interval` as in `score_table`."""
     usable = [row for row in rows if row.usable]
-    outcomes = [row.penalised(k) for row in usable]
+    outcomes: list[Outcome] = [row.penalised(k) for row in usable]
     counts = _count(outcomes)
     by_group: dict[str, list[Outcome]] = {}
     for row, outcome in zip(usable, outcomes, strict=True):
@@ -195,11 +196,11 @@ def mix_rewards(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], k: int) -
     return mixed
 
 
-def _reward(counts: Mapping[str, Any], total: int) -> float | None:
+def _reward(counts: Mapping[Any, Any], total: int) -> float | None:
     return sum(value * counts[name] for name, value in OUTCOMES.items()) / total if total else None
 
 
-def _count(outcomes: Sequence[Outcome]) -> dict[str, int]:
+def _count(outcomes: Sequence[Outcome]) -> dict[Outcome, int]:
     return {name: sum(outcome == name for outcome in outcomes) for name in OUTCOMES}
 
 
@@ -207,6 +208,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _ordered(by_group: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _ordered(by_group: Mapping[str, list[T]]) -> dict[str, list[T]]:
     """In the order of `WEIGHTS`, so that files do not depend on the order of a set."""
     return {group: by_group[group] for group in WEIGHTS if group in by_group}

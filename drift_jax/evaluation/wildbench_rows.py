@@ -85,9 +85,10 @@ def _length(row: Mapping[str, Any]) -> tuple[int | None, bool]:
         output = output[0] if output else ""
     if isinstance(output, str):
         return len(output), output.endswith(CUT_MARK)
-    length = row.get("out_len")
-    known = isinstance(length, int | float) and not isinstance(length, bool) and math.isfinite(length)
-    return (int(length) if known else None), bool(row.get("truncated", False))
+    cut, length = bool(row.get("truncated", False)), row.get("out_len")
+    if not isinstance(length, int | float) or isinstance(length, bool) or not math.isfinite(length):
+        return None, cut
+    return int(length), cut
 
 
 def tested_and_reference(rows: Sequence[Mapping[str, Any]], reference: str | None, source: str) -> tuple[str, str]:
@@ -115,16 +116,16 @@ def pair_rows(rows: Sequence[Mapping[str, Any]], tested: str, reference: str) ->
     found, excluded = [], Counter[str]()
     for row in rows:
         outputs = row.get("model_outputs") or {}
-        texts = [outputs.get(tested), outputs.get(reference)]
-        if not all(isinstance(text, str) for text in texts):
+        output, other = outputs.get(tested), outputs.get(reference)
+        if not isinstance(output, str) or not isinstance(other, str):
             excluded["an output is missing"] += 1
             continue
         outcome = _outcome(row, tested, reference)
         if outcome is None:
             excluded["no verdict"] += 1
             continue
-        usable = not any(text.endswith(CUT_MARK) or text == EMPTY_TEXT for text in texts)
-        found.append(PairRow(str(row.get("session_id", "")), outcome, len(texts[0]), len(texts[1]), usable))
+        usable = not any(text.endswith(CUT_MARK) or text == EMPTY_TEXT for text in (output, other))
+        found.append(PairRow(str(row.get("session_id", "")), outcome, len(output), len(other), usable))
     return Found(tuple(found), dict(excluded))
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -127,11 +127,11 @@ def load_check(name: str) -> Check:
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"--check {name}: {error}. Modules are looked for in {here} and where Python does.") from None
     finally:
         sys.path.remove(here)
     if not callable(found):
         raise ConfigError(f"--check {name} is no function.")
-    return found
+    return cast(Check, found)

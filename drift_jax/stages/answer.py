@@ -102,3 +102,12 @@ def _requests(
     if refused:
         raise DataError(f"{len(refused)} prompts cannot be encoded:\n" + "\n".join(refused[:20]))
     return requests, cut
+
+
+def longest_context(model_dir: Path) -> int | None:
+    """Tokens that a model was made for; None where its config.json does not say."""
+    try:
+        found = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
