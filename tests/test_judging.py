@@ -42,7 +42,9 @@ def quiet() -> Console:
 def test_answers_are_kept_and_not_asked_for_again(tmp_path: Path) -> None:
     cache = tmp_path / "verdicts.jsonl"
     with serve(judge_of(lambda prompt: {"n": number(prompt)}), delay_s=0.02) as small:
-        first = ask_all(questions(6), config(small, concurrency=3, price_prompt=2.0, price_completion=10.0), cache, quiet())
+        first = ask_all(
+            questions(6), config(small, concurrency=3, price_prompt=2.0, price_completion=10.0), cache, quiet()
+        )
         assert first.values == {f"q{i}": i for i in range(6)} and list(first.values) == [f"q{i}" for i in range(6)]
         assert len(small.seen) == 6 and 1 < small.most <= 3
         again = ask_all(questions(8), config(small), cache, quiet())
@@ -148,7 +150,9 @@ def test_the_key_is_sent_and_never_shown(tmp_path: Path, monkeypatch: pytest.Mon
         return answer('{"n": 0}')
 
     with serve(reply) as small:
-        found = ask_all(questions(2), config(small, api_key_env="JUDGE_KEY"), tmp_path / "v.jsonl", console, retry=NO_WAIT)
+        found = ask_all(
+            questions(2), config(small, api_key_env="JUDGE_KEY"), tmp_path / "v.jsonl", console, retry=NO_WAIT
+        )
     assert "Incorrect API key provided" in found.failures["q1"]
     assert isinstance(console.file, io.StringIO)
     for text in (console.file.getvalue(), json.dumps(found.failures), (tmp_path / "v.jsonl").read_text()):

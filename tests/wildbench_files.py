@@ -12,9 +12,8 @@ from tests.http_servers import Answer
 TAGS = ("Coding & Debugging", "Math", "Creative Writing", "Planning", "Advice seeking")
 # Words of our own; only the names of files and gaps are upstream's.
 SCORE = "History:\n{$history}\nAsked: {$user_query}\nReply: {$model_output}\nLook at:\n{$checklist}\nScore it as JSON."
-PAIRWISE = (
-    "History:\n{$history}\nAsked: {$user_query}\nA: {$candidate_A}\n--\nB: {$candidate_B}\n--\n{$checklist}\nWhich? JSON."
-)
+PAIRWISE = "History:\n{$history}\nAsked: {$user_query}\nA: {$candidate_A}\n--\nB: {$candidate_B}\n--\n"
+PAIRWISE += "{$checklist}\nWhich? JSON."
 
 
 def write_checkout(folder: Path) -> Path:

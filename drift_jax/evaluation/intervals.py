@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+_AT_ONCE = 2_000_000  # rows drawn before the statistic is computed: what memory they take
 
 
 class Interval(NamedTuple):
@@ -64,7 +65,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval | N
 
 def bootstrap_interval(
     rows: np.ndarray,
-    statistic: Callable[[np.ndarray], float] | None = None,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
     *,
     resamples: int = 1000,
     seed: int = 0,
@@ -73,19 +74,21 @@ def bootstrap_interval(
     """Of a statistic of rows (first axis); None for fewer than two rows, or where the statistic is not finite.
 
     Args:
-      statistic: of rows drawn with replacement, as many as there are; None: their mean, of rows that are numbers.
+      statistic: of several sets of rows at once, (sets, rows, ...) -> (sets,); None: their mean, of rows that are
+        numbers. Each set is drawn with replacement and has as many rows as there are.
     """
     count = len(rows)
     if count < 2:
         return None
-    places = np.random.default_rng(seed).integers(0, count, (resamples, count))
-    if statistic is None:
-        found = np.asarray(rows, np.float64)[places].mean(axis=1)
-    else:
-        found = np.asarray([statistic(rows[chosen]) for chosen in places], np.float64)
-    if not np.isfinite(found).all():
+    rng, found = np.random.default_rng(seed), list[np.ndarray]()
+    at_once = max(1, _AT_ONCE // count)
+    for start in range(0, resamples, at_once):
+        drawn = rows[rng.integers(0, count, (min(at_once, resamples - start), count))]
+        found.append(drawn.mean(axis=1) if statistic is None else statistic(drawn))
+    values = np.concatenate(found).astype(np.float64)
+    if not np.isfinite(values).all():
         return None
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
