@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from drift_jax.cli.options import OnBadRow, Overrides, build_console, changes_of, resolve
+from drift_jax.cli.parts import leave_accelerator
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from drift_jax.config import RunConfig
+    from drift_jax.evaluation.replies import Reply
 
 ConfigOption = Annotated[
     Optional[Path],  # noqa: UP045  (typer reads this form on every version)
@@ -71,6 +74,108 @@ def preference(
         print_report(report, console)
 
     on_main(work)
+
+
+def coverage(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]FILE|RUN...",
+            help="Replies of each method: completions, pairs (the chosen side), outputs; a run's last iteration.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the report, the map and the points.")],
+    settings: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--settings", help="YAML file of the choices below; what each is stands in the README."),
+    ] = None,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="One of the choices, such as reward=column:score or seed=1. Repeatable."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--prompts", help="Dialogues by id, for files without: DSAT records, pairs, prompts."),
+    ] = None,
+    policy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--policy", help="For reward=implicit: the model whose rewards they are."),
+    ] = None,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--reference", help="For reward=implicit: what it is compared with."),
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """How much of the region of high rewards each method's replies cover, on one map, with a plot."""
+    from drift_jax.evaluation.coverage_run import build_coverage_report, draw_map, write_points
+    from drift_jax.evaluation.coverage_settings import load_settings
+    from drift_jax.evaluation.figures import draw_coverage, styled
+    from drift_jax.evaluation.page import render_page
+    from drift_jax.evaluation.prompts import read_prompts
+    from drift_jax.evaluation.replies import keep_common, name_sources, read_replies
+    from drift_jax.evaluation.report import print_report, write_report
+    from drift_jax.files import atomic_writer
+
+    chosen, console = on_each(lambda: load_settings(settings, overrides or ())), build_console()
+    if (chosen.reward == "implicit") != (policy is not None and reference is not None):
+        raise ConfigError("--policy and --reference belong to --set reward=implicit, which needs both.")
+    with on_each(styled):
+        pass  # raised before anything is computed
+    files = on_each(lambda: name_sources(sources))
+    dialogues = {p.id: p for p in on_each(lambda: read_prompts(prompts))} if prompts else {}
+    read = on_each(lambda: {name: read_replies(name, path, dialogues) for name, path in files.items()})
+    replies = [reply for found, _ in read.values() for reply in found]
+    drops: dict[str, dict[str, int]] = {name: {"empty": empty} for name, (_, empty) in read.items()}
+    if chosen.prompts == "common":
+        replies, left = on_each(lambda: keep_common(replies))
+        for name, count in left.items():
+            drops[name]["to prompts that not all methods have replies to"] = count
+    rewards = _implicit(policy, reference, replies, config) if policy and reference else None
+
+    def work() -> None:
+        found = draw_map(list(files), replies, chosen, rewards, console)
+        report = build_coverage_report(found, chosen, files, drops)
+        write_report(report, out)
+        write_points(found, out / "points.csv")
+        svg = draw_coverage(found, list(files), out, chosen.projection.upper())
+        with atomic_writer(out / "coverage.html") as file:
+            file.write(render_page(report, svg))
+        print_report(report, console)
+        console.print(f"{out / 'coverage.html'}", markup=False, highlight=False, soft_wrap=True)
+
+    on_main(work)
+
+
+def _implicit(
+    policy: str, reference: str, replies: Sequence[Reply], file: Path | None
+) -> Callable[[Sequence[Reply]], list[float]]:
+    """The implicit rewards of replies, all computed here: the devices of every process take part."""
+    from drift_jax.records import Message
+    from drift_jax.stages.preference import implicit_rewards
+
+    without = [reply.prompt for reply in replies if not reply.messages]
+    if without:
+        raise ConfigError(
+            f"{len(without)} replies have no dialogue, such as {without[0]!r}: name the file that has it with --prompts."
+        )
+    resolved = _config_of(policy, None, file, [])
+    asked = [
+        (f"{r.method}/{r.prompt}/{r.sample}", [Message(m["role"], m["content"]) for m in r.messages], r.text)
+        for r in replies
+    ]
+    found = implicit_rewards(resolved, policy, reference, asked, build_console())
+    of = {reply.key: reward for reply, reward in zip(replies, found, strict=True)}
+    return lambda ordered: [of[reply.key] for reply in ordered]
+
+
+def without_devices(given: dict[str, Any]) -> bool:
+    """Before the processes join: what reads files only must not take an accelerator from a run."""
+    if given.get("policy") is None:
+        leave_accelerator()
+    return False
 
 
 def _config_of(model: str, run: Path | None, file: Path | None, changes: list[str]) -> RunConfig:

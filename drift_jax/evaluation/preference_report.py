@@ -12,9 +12,7 @@ from drift_jax.evaluation.report import Report, Section, number, with_interval
 def build_preference_report(
     stages: Mapping[str, Mapping[str, Any]], pairs_file: str, drops: Mapping[str, int]
 ) -> Report:
-    """Args:
-    stages: name -> policy, reference and `preference_numbers`.
-    """
+    """Args: `stages` has policy, reference and `preference_numbers` by name."""
     rows = [
         [name, *(with_interval(*_parts(stage["metrics"][metric]), spec) for metric, spec in SHOWN.items())]
         for name, stage in stages.items()

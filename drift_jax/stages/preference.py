@@ -178,7 +178,7 @@ def implicit_rewards(
     if emptied:
         raise DataError(
             f"{len(emptied)} replies have no token left within data.max_length ({data.max_length}), among them "
-            f"{', '.join(emptied[:5])}. Raise it with --run-set data.max_length=N."
+            f"{', '.join(emptied[:5])}. Raise it in the file of --config."
         )
     logps = score_models(config, models, pairs, console)
     rewards = np.empty(len(replies))
