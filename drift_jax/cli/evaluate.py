@@ -272,6 +272,7 @@ def win_rate(
 for _command, _title in ((wildbench, "wildbench"), (alpaca_eval, "alpaca-eval"), (win_rate, "win-rate")):
     evaluate_app.command(_title)(across_processes(_command, _prepare))
 evaluate_app.command("preference")(across_processes(evaluate_policy.preference))
+evaluate_app.command("compare")(across_processes(evaluate_policy.compare, evaluate_policy.without_devices))
 evaluate_app.command("coverage")(across_processes(evaluate_policy.coverage, evaluate_policy.without_devices))
 
 

@@ -159,7 +159,7 @@ def _implicit(
     without = [reply.prompt for reply in replies if not reply.messages]
     if without:
         raise ConfigError(
-            f"{len(without)} replies have no dialogue, such as {without[0]!r}: name the file that has it with --prompts."
+            f"{len(without)} replies have no dialogue, such as {without[0]!r}: name the file that has it (--prompts)."
         )
     resolved = _config_of(policy, None, file, [])
     asked = [
@@ -169,6 +169,43 @@ def _implicit(
     found = implicit_rewards(resolved, policy, reference, asked, build_console())
     of = {reply.key: reward for reply, reward in zip(replies, found, strict=True)}
     return lambda ordered: [of[reply.key] for reply in ordered]
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]RUN...", help="Run directories, or folders with reports of drift evaluate."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory for compare.md, .csv, .html, .svg and .png.")],
+    metrics: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--metric", help="Show metrics whose name contains this. Repeatable; default: the main ones."),
+    ] = None,
+) -> None:
+    """Runs side by side over their iterations: what they and their evaluations have left, with intervals."""
+    from drift_jax.evaluation.compare import build_compare_report, build_series, choose_metrics, collect, write_table
+    from drift_jax.evaluation.figures import draw_lines, has_matplotlib
+    from drift_jax.evaluation.page import render_page
+    from drift_jax.evaluation.report import print_report, write_report
+    from drift_jax.files import atomic_writer
+
+    console = build_console()
+
+    def work() -> None:
+        measures, passed = collect(runs)
+        chosen = choose_metrics(measures, metrics or ())
+        report = build_compare_report(measures, chosen, passed)
+        write_report(report, out, "compare")
+        write_table(measures, out / "compare.csv")
+        svg = draw_lines(*build_series(measures, chosen), out) if has_matplotlib() else None
+        with atomic_writer(out / "compare.html") as file:
+            file.write(render_page(report, svg))
+        print_report(report, console)
+        if svg is None:
+            console.print("no plot: it needs matplotlib, pip install 'drift-jax[analysis]'", markup=False)
+        console.print(f"{out / 'compare.html'}", markup=False, highlight=False, soft_wrap=True)
+
+    on_main(work)
 
 
 def without_devices(given: dict[str, Any]) -> bool:

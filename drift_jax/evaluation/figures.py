@@ -69,7 +69,7 @@ def panels(count: int) -> tuple[Figure, list[Any]]:
     """A figure with so many axes, `_COLUMNS` in a row."""
     from matplotlib.figure import Figure
 
-    columns = min(count, _COLUMNS)
+    columns = 2 if count == 4 else min(count, _COLUMNS)
     rows = -(-count // columns)
     figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
