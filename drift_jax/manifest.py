@@ -6,10 +6,13 @@ the same values it is skipped (finished) or resumed (not finished); entered with
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +31,7 @@ _MODEL_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_PACKAGES = ("drift-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "vllm")
 
 
 def config_slice(config: RunConfig, prefixes: Iterable[str], excluding: Iterable[str] = ()) -> dict[str, Any]:
@@ -79,6 +83,7 @@ class Manifest:
             "config": dict(config),
             "inputs": dict(inputs),
             "started": _now(),
+            "versions": _versions(),
             "finished": None,
             "summary": {},
         }
@@ -98,6 +103,10 @@ class Manifest:
     def summary(self, stage: str) -> dict[str, Any]:
         """What `finish` was given; empty for a stage that is not finished."""
         return self._data["stages"].get(stage, {}).get("summary", {})
+
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """By stage, in the order in which they were entered: config, inputs, started, finished, summary, versions."""
+        return self._data["stages"]
 
     def inputs(self, stage: str) -> dict[str, str]:
         """The hashes of what a stage was made from; empty for one that was never entered."""
@@ -138,6 +147,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], kind: str = 
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of the packages that shape numbers, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _now() -> str:

@@ -58,6 +58,25 @@ def read_tokens(path: Path, key: str) -> TokenizedRows | None:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
+class Lengths(NamedTuple):
+    """Tokens of one pair."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+def read_lengths(path: Path) -> list[tuple[str, Lengths]]:
+    """How long the pairs of a file are, by id, whatever key it is of. Raises `DataError` where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ends, ids = file["ends"], json.loads(file["text"].tobytes())["ids"]
+        sizes = np.diff(ends.ravel(), prepend=0).reshape(-1, 3)
+        return [(name, Lengths(*row)) for name, row in zip(ids, sizes.tolist(), strict=True)]
+    except Exception as error:  # as in `read_tokens`
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
 def _rows_of(arrays: Mapping[str, np.ndarray]) -> TokenizedRows:
     text = json.loads(arrays["text"].tobytes())
     tokens, ends, cuts = arrays["tokens"], arrays["ends"], arrays["cuts"]

@@ -19,7 +19,7 @@ from drift_jax.data.rules import build_rules
 from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import PairLogps, preference_numbers
-from drift_jax.files import write_json
+from drift_jax.files import write_json, write_jsonl
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.attention import resolve_attention
@@ -189,11 +189,15 @@ class _Stage:
         return evaluate_scores(scores, ref, self.config.train), pair_logps(self.test, scores.logps, ref)
 
     def write_evaluation(self, final: dict[str, float], held_out: PairLogps | None) -> None:
-        """`eval.json`: the metrics after the last update, and what the policy prefers against the stage's reference."""
+        """`eval.json`: the metrics after the last update, and what the policy prefers against the stage's reference.
+
+        `scores.test.jsonl` has what the latter was computed from, a row for each held-out pair.
+        """
         found = {"step": self.steps, "pairs": len(self.test), **final}
         if held_out is not None:
             numbers = preference_numbers(held_out, self.config.train.beta)
             found["preference"] = {"reference": str(self.job.reference_dir), **numbers}
+            write_jsonl(self.job.out_dir / "scores.test.jsonl", held_out.rows(self.config.train.beta))
         write_json(self.job.out_dir / "eval.json", found)
 
     def guard(self, step: int, numbers: dict[str, float], watch: RewardWatch) -> None:
