@@ -1,1 +1,1 @@
-"""`drift report` and `drift card`: what runs have left on disk, as one page that needs no network, and as a model card."""
+"""`drift report` and `drift card`: what runs have left on disk, as one page that loads nothing, and as a model card."""

@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: templates with autoescape, figures inline, the browser's data as JSON.
+"""The report as one HTML file that loads nothing: templates with autoescape, figures inline, data of the browser as JSON.
 
 Chat text reaches the page in two ways only: through autoescaped templates, and as JSON in which no character is left
 that HTML gives a meaning to; report.js shows that with `textContent`. The policy in the page's head lets no script run
@@ -62,33 +62,37 @@ def render_page(runs: Sequence[Run], refresh_s: float | None = None) -> str:
     browser = build_browser(runs)
     measures = [measure for run in runs for measure in measures_of(run)]
     results = build_compare_report(measures, choose_metrics(measures, ()), ()) if measures else None
-    return _environment().get_template("report.html").render(
-        title=", ".join(run.name for run in runs),
-        made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        runs=runs,
-        live=[run.name for run in runs if not run.is_finished],
-        refresh_s=refresh_s,
-        script=Markup(script),  # both are files of this package
-        script_hash=digest,
-        style=Markup(style),
-        headlines=[(run, headlines(run)) for run in runs],
-        results=results,
-        stages=stages_section(runs),
-        drops=drops_section(runs),
-        retention=retention_section(runs),
-        versions=versions_section(runs),
-        hashes=hashes_section(runs),
-        warnings=warnings_of(runs),
-        figures=_figures(runs),
-        no_plots=None if has_matplotlib() else _NO_PLOTS,
-        coverage=[image for run in runs for image in _coverage_maps(run)],
-        browser=browser,
-        browser_json=to_script_json(browser),
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=", ".join(run.name for run in runs),
+            made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            runs=runs,
+            live=[run.name for run in runs if not run.is_finished],
+            refresh_s=refresh_s,
+            script=Markup(script),  # both are files of this package
+            script_hash=digest,
+            style=Markup(style),
+            headlines=[(run, headlines(run)) for run in runs],
+            results=results,
+            stages=stages_section(runs),
+            drops=drops_section(runs),
+            retention=retention_section(runs),
+            versions=versions_section(runs),
+            hashes=hashes_section(runs),
+            warnings=warnings_of(runs),
+            figures=_figures(runs),
+            no_plots=None if has_matplotlib() else _NO_PLOTS,
+            coverage=[image for run in runs for image in _coverage_maps(run)],
+            browser=browser,
+            browser_json=to_script_json(browser),
+        )
     )
 
 
 def to_script_json(value: Any) -> Markup:
-    """JSON for a script element of a data type: without `<`, `>`, `&` and `'`, so that nothing in it ends the element."""
+    """JSON for a script element of a data type: without `<`, `>`, `&` and `'`; nothing in it ends the element."""
     return htmlsafe_json_dumps(value, functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":")))
 
 

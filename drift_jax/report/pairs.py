@@ -27,12 +27,12 @@ _WHOLE = "record left out"
 def build_browser(runs: Sequence[Run]) -> dict[str, Any]:
     """What report.js takes, as JSON values.
 
-    `columns` are the stages. A record has `id`, `prompt` ([role, text] each), `complaint` or null, and `stages`: objects
+    `columns` are the stages, `name` and `group` each; those of a group are a run's iterations. A record has `id`, `prompt` ([role, text] each), `complaint` or null, and `stages`: objects
     with `column`, `split`, `chosen`, `rejected`, `margin` or null, `drops` ([text, reason] each). `reasons` counts the
     records that have a drop of that reason, `missing` says what could not be read, `total` counts all records.
     """
     records: dict[str, dict[str, Any]] = {}
-    columns, missing = list[str](), list[str]()
+    columns, missing = list[dict[str, Any]](), list[str]()
     for run in runs:
         complaints, prompts, why = _logged(run)
         missing += why
@@ -40,14 +40,17 @@ def build_browser(runs: Sequence[Run]) -> dict[str, Any]:
             entries = _stage_entries(run, stage)
             if not entries:
                 continue
-            columns.append(stage.name if len(runs) == 1 else f"{run.name} {stage.name}")
+            name = stage.name if len(runs) == 1 else f"{run.name} {stage.name}"
+            columns.append({"name": name, "group": None if stage.name == "seed" else run.name})
             for name, (prompt, entry) in entries.items():
                 record = records.setdefault(name, {"id": name, "prompt": [], "complaint": None, "stages": []})
                 record["prompt"] = record["prompt"] or prompt or prompts.get(name, [])
                 if stage.name != "seed":
                     record["complaint"] = record["complaint"] or complaints.get(name)
                 record["stages"].append({"column": len(columns) - 1} | entry)
-    kept = _fitting(list(records.values()), MOST_BYTES)
+    # Records of iterations come before those of the seed stage alone.
+    order = sorted(records.values(), key=lambda record: columns[record["stages"][-1]["column"]]["group"] is None)
+    kept = _fitting(order, MOST_BYTES)
     reasons = Counter(
         reason for record in kept for reason in {d[1] for stage in record["stages"] for d in stage["drops"]}
     )

@@ -93,7 +93,9 @@ def draw_curves(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Figure]:
     stages = _stage_names(runs)
     figures = []
     for curve in curves:
-        if any(metric in row for run in runs for stage in run.stages for row in stage.metrics for metric in curve.metrics):
+        if any(
+            metric in row for run in runs for stage in run.stages for row in stage.metrics for metric in curve.metrics
+        ):
             figures.append(_figure(curve.title, lambda axis, curve=curve: _draw_curve(axis, runs, curve, stages)))
     return figures
 
@@ -128,7 +130,9 @@ def _draw_curve(axis: Any, runs: Sequence[Run], curve: Curve, stages: Sequence[s
                     marker = "o" if len(x) == 1 else None
                     axis.plot(start + x, y, color=colour, linestyle=dash, marker=marker, markersize=3)
             for x, value, reach in _held_out(stage, curve.held_out):
-                axis.errorbar([start + x], [value], yerr=reach, color=colour, fmt="D", markersize=4, capsize=2)
+                axis.errorbar(
+                    [start + x], [value], yerr=reach, color=colour, fmt="D", markersize=4, capsize=2, zorder=4
+                )
         if len(runs) > 1:
             axis.plot([], [], color=colour, label=run.name)
     for name, dash in zip(curve.names, _DASHES, strict=False):
@@ -139,7 +143,7 @@ def _draw_curve(axis: Any, runs: Sequence[Run], curve: Curve, stages: Sequence[s
     if curve.log:
         axis.set_yscale("log")
     for bound in range(1, len(stages)):
-        axis.axvline(bound, color=_GRID, linewidth=1)
+        axis.axvline(bound, color=_GRID, linewidth=1, zorder=0)
     axis.set_xlim(-0.03, len(stages) + 0.03)
     axis.set_xticks([i + 0.5 for i in range(len(stages))], stages)
     axis.tick_params(axis="x", length=0)

@@ -92,7 +92,9 @@ def load_runs(given: Sequence[str]) -> list[Run]:
         folder = Path(path if separator else source)
         name = (separator and name) or folder.absolute().name
         if name in runs:
-            raise ConfigError(f"{folder} and {runs[name].folder} are both called {name}: name them, as in NAME={folder}.")
+            raise ConfigError(
+                f"{folder} and {runs[name].folder} are both called {name}: name them, as in NAME={folder}."
+            )
         runs[name] = load_run(folder, name)
     return list(runs.values())
 
@@ -100,7 +102,9 @@ def load_runs(given: Sequence[str]) -> list[Run]:
 def load_run(folder: Path, name: str | None = None) -> Run:
     """Raises `DataError`: as `load_runs`."""
     if not (folder / MANIFEST_FILE).is_file() or not (folder / "config.yaml").is_file():
-        raise DataError(f"{folder} is no run: it has no config.yaml and {MANIFEST_FILE}. Name a directory of drift run.")
+        raise DataError(
+            f"{folder} is no run: it has no config.yaml and {MANIFEST_FILE}. Name a directory of drift run."
+        )
     manifest = Manifest(folder)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     try:

@@ -1,7 +1,7 @@
 "use strict";
 // The browser of pairs. Text of chats is shown with textContent only, never as HTML.
 (() => {
-  const PAGE = 20; // records that are added at a time
+  const PAGE = 10; // records that are added at a time
   const MOST_CELLS = 4e6; // of a comparison of two texts; longer ones are shown as replaced
   const root = document.documentElement;
   const $ = (id) => document.getElementById(id);
@@ -115,18 +115,23 @@
     const same = pairs.length && pairs.every((stage) => stage.rejected === pairs[0].rejected);
     if (same) replies.append(reply("rejected", "rejected", "", pairs[0].rejected, null));
     const mode = $("diff").value;
-    let before = null;
+    let before = null; // the chosen reply of the iteration before, of the same run
+    let group = null;
     for (const stage of record.stages) {
-      const name = data.columns[stage.column];
+      const name = data.columns[stage.column].name;
+      if (data.columns[stage.column].group !== group) before = null;
+      group = data.columns[stage.column].group;
       const note = [stage.split === "test" ? "held out" : "train"];
       if (stage.margin !== null) note.push(`margin ${stage.margin.toFixed(3)}`);
       if (stage.chosen !== null) {
         if (!same) replies.append(reply("rejected", `${name} rejected`, "", stage.rejected, null));
         const base = mode === "rejected" ? stage.rejected : mode === "previous" ? before : null;
         replies.append(reply("chosen", `${name} chosen`, note.join(", "), stage.chosen, base));
-        before = stage.chosen;
+        before = group === null ? null : stage.chosen;
       }
-      for (const [text, reason] of stage.drops) replies.append(reply("dropped", `${name} dropped`, reason, text, null));
+      // A record that is left out has no text of its own, and its completions say why.
+      const drops = stage.drops.filter(([text]) => text || stage.drops.length === 1);
+      for (const [text, reason] of drops) replies.append(reply("dropped", `${name} dropped`, reason, text, null));
     }
     made.append(replies);
     return made;
