@@ -2,8 +2,8 @@
 
 python scripts/get_chromium.py [--out .cache/chromium]
 
-Prints the path of the program. Where one is on PATH, or was fetched before, that one is taken. Needs Node.js, which comes
-with `pyright[nodejs]` (extra dev), and on Linux the library libnss3, as any Chromium does. x86_64 Linux only.
+Prints the path of the program. One that is on PATH, or was fetched before, is taken instead. Needs Node.js, which comes
+with `pyright[nodejs]` (extra dev). The libraries that come along lie in lib/ beside the program. x86_64 Linux only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -52,12 +53,16 @@ def fetch(out: Path) -> Path:
         options = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
         (Path(folder) / "package.json").write_text("{}\n", encoding="utf-8")
         subprocess.run([*npm, "install", *options, PACKAGE], cwd=folder, check=True, stdout=sys.stderr)
-        packed = next((Path(folder) / "node_modules/@sparticuz/chromium/bin").rglob("chromium.br"))
-        program = Path(folder) / "chromium"
-        subprocess.run([*node, "-e", UNPACK, str(packed), str(program)], check=True)
-        program.chmod(0o755)
-        out.mkdir(exist_ok=True)
-        os.replace(program, out / "chromium")
+        packed = Path(folder) / "node_modules/@sparticuz/chromium/bin"
+        made = Path(folder) / "made"
+        made.mkdir()
+        for name in ("chromium", "al2023.tar"):
+            subprocess.run([*node, "-e", UNPACK, str(packed / f"{name}.br"), str(made / name)], check=True)
+        with tarfile.open(made / "al2023.tar") as archive:
+            archive.extractall(made, filter="data")
+        (made / "al2023.tar").unlink()
+        (made / "chromium").chmod(0o755)
+        os.replace(made, out)
     return out / "chromium"
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: templates with autoescape, figures inline, data of the browser as JSON.
+"""The report as one HTML file that loads nothing: templates with autoescape, inline figures, JSON for the browser.
 
 Chat text reaches the page in two ways only: through autoescaped templates, and as JSON in which no character is left
 that HTML gives a meaning to; report.js shows that with `textContent`. The policy in the page's head lets no script run
@@ -111,9 +111,9 @@ def _asset(name: str) -> str:
 
 
 def _figures(runs: Sequence[Run]) -> Mapping[str, Sequence[tuple[str, Markup]]]:
-    """By section of the page; empty without matplotlib. The elements are `plots`' own, whose labels are escaped."""
+    """By section of the page; none without matplotlib. The elements are `plots`' own, whose labels are escaped."""
     if not has_matplotlib():
-        return {}
+        return {"curves": (), "theory": (), "histograms": ()}
     with plotting():
         drawn: dict[str, list[Figure]] = {"curves": draw_curves(runs, CURVES), "theory": draw_curves(runs, THEORY)}
         drawn["histograms"] = [

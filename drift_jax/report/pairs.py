@@ -27,9 +27,10 @@ _WHOLE = "record left out"
 def build_browser(runs: Sequence[Run]) -> dict[str, Any]:
     """What report.js takes, as JSON values.
 
-    `columns` are the stages, `name` and `group` each; those of a group are a run's iterations. A record has `id`, `prompt` ([role, text] each), `complaint` or null, and `stages`: objects
-    with `column`, `split`, `chosen`, `rejected`, `margin` or null, `drops` ([text, reason] each). `reasons` counts the
-    records that have a drop of that reason, `missing` says what could not be read, `total` counts all records.
+    `columns` are the stages, `name` and `group` each; those of a group are a run's iterations. A record has `id`,
+    `prompt` ([role, text] each), `complaint` or null, and `stages`: objects with `column`, `split`, `chosen` and
+    `rejected`, `margin` or null, `drops` ([text, reason] each). `reasons` counts the records that have a drop of that
+    reason, `missing` says what could not be read, `total` counts all records.
     """
     records: dict[str, dict[str, Any]] = {}
     columns, missing = list[dict[str, Any]](), list[str]()

@@ -1,7 +1,7 @@
-"""The page's figures, by matplotlib, as SVG elements whose colours are variables of the page: one for light and dark.
+"""The page's figures, by matplotlib, as SVG elements whose colours are variables of the page: for light and dark.
 
-Stages stand beside each other on the x axis, each one wide, so that runs of unlike lengths can be compared. Lines are of
-runs; a long one is drawn as means of equal spans.
+Stages stand beside each other on the x axis, each one wide, so that runs of unlike lengths can be compared. Lines are
+of runs; a long one is drawn as means of equal spans.
 """
 
 from __future__ import annotations
@@ -93,9 +93,8 @@ def draw_curves(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Figure]:
     stages = _stage_names(runs)
     figures = []
     for curve in curves:
-        if any(
-            metric in row for run in runs for stage in run.stages for row in stage.metrics for metric in curve.metrics
-        ):
+        rows = (row for run in runs for stage in run.stages for row in stage.metrics)
+        if any(metric in row for row in rows for metric in curve.metrics):
             figures.append(_figure(curve.title, lambda axis, curve=curve: _draw_curve(axis, runs, curve, stages)))
     return figures
 
@@ -176,8 +175,10 @@ def _held_out(stage: Stage, name: str | None) -> Iterator[tuple[float, float, An
     number = stage.evaluation.get("preference", {}).get("metrics", {}).get(name)
     value = number["value"] if number else stage.evaluation.get(plain)
     if isinstance(value, int | float):
-        whole = number is not None and number["low"] is not None
-        yield 1.0, value, np.abs([[number["low"] - value], [number["high"] - value]]) if whole else None
+        reach = None
+        if number and number["low"] is not None:
+            reach = np.abs([[number["low"] - value], [number["high"] - value]])
+        yield 1.0, value, reach
 
 
 def _histogram(title: str, values: Mapping[str, Sequence[float]], unit: str) -> Figure:
