@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_jax.errors import ConfigError, DataError
-from drift_jax.report import page, pairs
+from drift_jax.report import page
 from drift_jax.report.card import code_span, write_card
 from drift_jax.report.page import render_page, write_page
 from drift_jax.report.pairs import build_browser
@@ -22,6 +22,7 @@ from drift_jax.report.watch import watch
 from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.report_runs import DROPPED, HELD_OUT, plain, write_run
 
+ROOM = 9_000_000
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
     "<!--<script>",
@@ -94,23 +95,27 @@ def test_colours_of_figures_are_the_pages_own(text: str) -> None:
 
 
 def test_records_have_complaint_replies_margins_and_drops(run_dir: Path) -> None:
-    data = build_browser([load_run(run_dir)])
+    data = build_browser([load_run(run_dir)], ROOM)
     records = {record["id"]: record for record in data["records"]}
     assert [column["name"] for column in data["columns"]] == ["iter_1", "iter_2"]
     held_out, trained, lost = records["r0"], records[f"r{HELD_OUT}"], records["r24"]
     assert held_out["complaint"] == plain(0, "complaint") and held_out["prompt"] == [["user", plain(0, "prompt")]]
-    assert [stage["chosen"] for stage in held_out["stages"]] == [plain(0, "chosen 1"), plain(0, "chosen 2")]
+    assert [held_out["texts"][stage["chosen"]] for stage in held_out["stages"]] == [
+        plain(0, "chosen 1"),
+        plain(0, "chosen 2"),
+    ]
     assert all(stage["margin"] is not None and stage["split"] == "test" for stage in held_out["stages"])
     assert all(stage["margin"] is None and not stage["drops"] for stage in trained["stages"])
     assert lost["prompt"] == [["user", plain(24, "prompt")]] and lost["stages"][1]["chosen"] is None
-    assert lost["stages"][1]["drops"][0] == [plain(24, "drawn 2"), "speaks for another"]
+    assert lost["texts"] == [plain(24, "drawn 1"), plain(24, "drawn 2")]
+    assert lost["stages"][1]["drops"] == [[1, "speaks for another"], [None, "record left out"]]
     assert data["reasons"] == {"record left out": DROPPED, "speaks for another": DROPPED}
     assert data["total"] == len(records) == 24 + DROPPED
 
 
 def test_several_runs_share_records(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "other")
-    data = build_browser(load_runs([f"one={run_dir}", f"two={tmp_path / 'other'}"]))
+    data = build_browser(load_runs([f"one={run_dir}", f"two={tmp_path / 'other'}"]), ROOM)
     assert [column["name"] for column in data["columns"]] == ["one iter_1", "one iter_2", "two iter_1", "two iter_2"]
     assert [stage["column"] for stage in data["records"][0]["stages"]] == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match="are both called run"):
@@ -120,28 +125,28 @@ def test_several_runs_share_records(run_dir: Path, tmp_path: Path) -> None:
 def test_a_missing_file_of_records_is_said_and_costs_only_the_complaints(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "dsat.jsonl").unlink()
-    data = build_browser([load_run(run)])
+    data = build_browser([load_run(run)], ROOM)
     assert "complaints are not shown" in data["missing"][0]
-    assert data["records"][0]["complaint"] is None and data["records"][0]["stages"][0]["chosen"]
+    assert data["records"][0]["complaint"] is None and data["records"][0]["texts"]
 
 
 def test_records_beyond_the_limit_are_left_out_and_counted(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = build_browser([load_run(run_dir)])["records"]
-    monkeypatch.setattr(pairs, "MOST_BYTES", len(json.dumps(whole)) // 2)
-    data = build_browser([load_run(run_dir)])
+    whole = build_browser([load_run(run_dir)], ROOM)["records"]
+    data = build_browser([load_run(run_dir)], len(json.dumps(whole)) // 2)
     assert 0 < len(data["records"]) < len(whole) == data["total"]
     assert [r for r in whole if r in data["records"]] == data["records"]
     monkeypatch.setattr(page, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(page, "_MOST_BYTES", page._FRAME_BYTES + len(json.dumps(whole)) // 2)
     assert f"{len(data['records'])} of {len(whole)} records are in this page" in render_page([load_run(run_dir)])
 
 
 def test_500_pairs_of_full_length_stay_below_10_mb(tmp_path: Path) -> None:
     def long(record: int, what: str) -> str:
-        return f"{what} {record} " + " ".join(f"word{(record * 31 + i) % 997}" for i in range(500))
+        return f"{what} {record} " + " ".join(f"word{(record * 31 + i) % 997}" for i in range(330))
 
     run = write_run(tmp_path / "run", pairs=500, say=long, steps=200)
     write_page([load_run(run)], run / "report.html")
-    assert len(build_browser([load_run(run)])["records"]) == 500 + DROPPED
+    assert len(build_browser([load_run(run)], ROOM)["records"]) == 500 + DROPPED
     assert 5e6 < (run / "report.html").stat().st_size < 10e6
 
 
@@ -177,7 +182,7 @@ def test_no_text_of_a_chat_is_markup(
     assert found.handlers == [] and len(found.scripts) == 2
     record = json.loads(found.scripts[0])["records"][0]
     assert record["prompt"] == [["user", prompt]] and record["complaint"] == complaint
-    assert record["stages"][0]["chosen"] == reply
+    assert record["texts"] == [reply]
 
 
 def test_the_check_on_markup_can_fail() -> None:

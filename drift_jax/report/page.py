@@ -38,7 +38,10 @@ from drift_jax.report.pairs import build_browser
 from drift_jax.report.plots import CURVES, THEORY, Figure, draw_curves, draw_histograms, plotting
 from drift_jax.report.runs import Run, read_json_file
 
+_MOST_BYTES = 9_500_000  # of a page; records that would not fit are left out
 _MOST_IMAGE_BYTES = 1_000_000
+_MOST_IMAGES = 3
+_FRAME_BYTES = 200_000  # templates, tables, config
 _NO_PLOTS = "There are no plots: they need matplotlib, pip install 'drift-jax[analysis]'."
 
 
@@ -59,7 +62,9 @@ def render_page(runs: Sequence[Run], refresh_s: float | None = None) -> str:
     """The whole page; arguments and errors as `write_page`."""
     script, style = (_asset(name) for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    browser = build_browser(runs)
+    figures, coverage = _figures(runs), [image for run in runs for image in _coverage_maps(run)][:_MOST_IMAGES]
+    drawn = sum(len(svg) for of in figures.values() for _, svg in of) + sum(len(image) for _, image in coverage)
+    browser = build_browser(runs, _MOST_BYTES - _FRAME_BYTES - drawn)
     measures = [measure for run in runs for measure in measures_of(run)]
     results = build_compare_report(measures, choose_metrics(measures, ()), ()) if measures else None
     return (
@@ -82,9 +87,9 @@ def render_page(runs: Sequence[Run], refresh_s: float | None = None) -> str:
             versions=versions_section(runs),
             hashes=hashes_section(runs),
             warnings=warnings_of(runs),
-            figures=_figures(runs),
+            figures=figures,
             no_plots=None if has_matplotlib() else _NO_PLOTS,
-            coverage=[image for run in runs for image in _coverage_maps(run)],
+            coverage=coverage,
             browser=browser,
             browser_json=to_script_json(browser),
         )

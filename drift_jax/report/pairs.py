@@ -1,7 +1,7 @@
 """The records of runs for the page's browser: prompt, complaint, and both replies of each stage side by side.
 
-The page takes at most `MOST_BYTES` of them as JSON. Where there are more, those with the smallest hash of their id
-stay, which has nothing to do with what is in them.
+Where they are too large for the page, those with the smallest hash of their id stay, which has nothing to do with what
+is in them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from drift_jax.journal import read_rows
 from drift_jax.records import Message, read_dsat, read_pairs
 from drift_jax.report.runs import Run, Stage, read_json_file
 
-MOST_BYTES = 7_000_000
 _MOST_CHARACTERS = 20_000  # of one text
 _SPLITS = ("train", "test")
 _WHOLE = "record left out"
 
 
-def build_browser(runs: Sequence[Run]) -> dict[str, Any]:
-    """What report.js takes, as JSON values.
+def build_browser(runs: Sequence[Run], most_bytes: int) -> dict[str, Any]:
+    """What report.js takes, as JSON values; its records take at most `most_bytes` of JSON.
 
     `columns` are the stages, `name` and `group` each; those of a group are a run's iterations. A record has `id`,
-    `prompt` ([role, text] each), `complaint` or null, and `stages`: objects with `column`, `split`, `chosen` and
-    `rejected`, `margin` or null, `drops` ([text, reason] each). `reasons` counts the records that have a drop of that
-    reason, `missing` says what could not be read, `total` counts all records.
+    `prompt` ([role, text] each), `complaint` or null, `texts`, and `stages`: objects with `column`, `split`, `chosen`,
+    `rejected`, `margin` or null, `drops` ([text, reason] each); replies are places in `texts`, or null. `reasons` has
+    how many records have a drop of each reason, `missing` what could not be read, `total` the number of all records.
     """
     records: dict[str, dict[str, Any]] = {}
     columns, missing = list[dict[str, Any]](), list[str]()
@@ -44,14 +43,16 @@ def build_browser(runs: Sequence[Run]) -> dict[str, Any]:
             name = stage.name if len(runs) == 1 else f"{run.name} {stage.name}"
             columns.append({"name": name, "group": None if stage.name == "seed" else run.name})
             for name, (prompt, entry) in entries.items():
-                record = records.setdefault(name, {"id": name, "prompt": [], "complaint": None, "stages": []})
+                record = records.setdefault(
+                    name, {"id": name, "prompt": [], "complaint": None, "texts": [], "stages": []}
+                )
                 record["prompt"] = record["prompt"] or prompt or prompts.get(name, [])
                 if stage.name != "seed":
                     record["complaint"] = record["complaint"] or complaints.get(name)
-                record["stages"].append({"column": len(columns) - 1} | entry)
+                record["stages"].append({"column": len(columns) - 1} | _placed(entry, record["texts"]))
     # Records of iterations come before those of the seed stage alone.
     order = sorted(records.values(), key=lambda record: columns[record["stages"][-1]["column"]]["group"] is None)
-    kept = _fitting(order, MOST_BYTES)
+    kept = _fitting(order, most_bytes)
     reasons = Counter(
         reason for record in kept for reason in {d[1] for stage in record["stages"] for d in stage["drops"]}
     )
@@ -86,6 +87,20 @@ def _stage_entries(run: Run, stage: Stage) -> dict[str, tuple[list[list[str]], d
             reason = _WHOLE if entry["drops"] else row["reason"]
             entry["drops"].append(["", reason])
     return found
+
+
+def _placed(entry: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """The entry with places in `texts` for replies: a logged one is the same in every stage."""
+
+    def place(text: str | None) -> int | None:
+        if text is None:
+            return None
+        if text not in texts:
+            texts.append(text)
+        return texts.index(text)
+
+    drops = [[place(text or None), reason] for text, reason in entry["drops"]]
+    return entry | {side: place(entry[side]) for side in ("chosen", "rejected")} | {"drops": drops}
 
 
 def _entry(split: str, margin: float | None) -> dict[str, Any]:

@@ -50,7 +50,8 @@
     let text = haystacks.get(record);
     if (text === undefined) {
       const parts = [record.id, record.complaint, ...record.prompt.map((turn) => turn[1])];
-      for (const stage of record.stages) parts.push(stage.chosen, stage.rejected, ...stage.drops.map((drop) => drop[0]));
+      for (const stage of record.stages) parts.push(...stage.drops.map((drop) => drop[1]));
+      parts.push(...record.texts);
       text = parts.filter(Boolean).join("\n").toLowerCase();
       haystacks.set(record, text);
     }
@@ -112,8 +113,9 @@
     const replies = element("div", "replies");
     const pairs = record.stages.filter((stage) => stage.chosen !== null);
     // A logged side is the same in every stage, and is shown once.
+    const say = (place) => (place === null ? null : record.texts[place]);
     const same = pairs.length && pairs.every((stage) => stage.rejected === pairs[0].rejected);
-    if (same) replies.append(reply("rejected", "rejected", "", pairs[0].rejected, null));
+    if (same) replies.append(reply("rejected", "rejected", "", say(pairs[0].rejected), null));
     const mode = $("diff").value;
     let before = null; // the chosen reply of the iteration before, of the same run
     let group = null;
@@ -124,14 +126,14 @@
       const note = [stage.split === "test" ? "held out" : "train"];
       if (stage.margin !== null) note.push(`margin ${stage.margin.toFixed(3)}`);
       if (stage.chosen !== null) {
-        if (!same) replies.append(reply("rejected", `${name} rejected`, "", stage.rejected, null));
-        const base = mode === "rejected" ? stage.rejected : mode === "previous" ? before : null;
-        replies.append(reply("chosen", `${name} chosen`, note.join(", "), stage.chosen, base));
-        before = group === null ? null : stage.chosen;
+        if (!same) replies.append(reply("rejected", `${name} rejected`, "", say(stage.rejected), null));
+        const base = mode === "rejected" ? say(stage.rejected) : mode === "previous" ? before : null;
+        replies.append(reply("chosen", `${name} chosen`, note.join(", "), say(stage.chosen), base));
+        before = group === null ? null : say(stage.chosen);
       }
       // A record that is left out has no text of its own, and its completions say why.
-      const drops = stage.drops.filter(([text]) => text || stage.drops.length === 1);
-      for (const [text, reason] of drops) replies.append(reply("dropped", `${name} dropped`, reason, text, null));
+      const drops = stage.drops.filter(([text]) => text !== null || stage.drops.length === 1);
+      for (const [text, reason] of drops) replies.append(reply("dropped", `${name} dropped`, reason, say(text) ?? "", null));
     }
     made.append(replies);
     return made;
