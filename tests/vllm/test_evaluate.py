@@ -58,7 +58,7 @@ def test_sixteen_tasks_killed_half_way_and_resumed(judge: Running, tmp_path: Pat
         process = subprocess.Popen(words, stdout=file, stderr=file, cwd=REPO, env=environment(judge))
     try:
         deadline = time.monotonic() + 300
-        while not (verdicts.exists() and verdicts.read_bytes().count(b"\n") >= 3):
+        while not (verdicts.exists() and verdicts.read_bytes().count(b"\n") >= 2):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
     finally:
@@ -71,7 +71,7 @@ def test_sixteen_tasks_killed_half_way_and_resumed(judge: Running, tmp_path: Pat
     report = json.loads((tmp_path / "out/report.json").read_text())
     counted = report["judging"]["score"]
     # An empty output of the tiny model costs no question.
-    assert counted["questions"] + report["score"]["empty"] == 16 and counted["from_cache"] == done >= 3
+    assert counted["questions"] + report["score"]["empty"] == 16 and counted["from_cache"] == done >= 2
     assert counted["answered"] + counted["failed"] == counted["questions"]
     assert report["score"]["total"] == counted["answered"] + report["score"]["empty"]
     assert 1 <= report["score"]["score"] <= 10 and counted["prompt_tokens"] > 0 and counted["dollars"] > 0
@@ -84,8 +84,9 @@ def test_sixteen_tasks_killed_half_way_and_resumed(judge: Running, tmp_path: Pat
 
 
 def test_answers_of_no_use_are_counted(judge: Running, tmp_path: Path) -> None:
-    """Asked for any JSON object, as upstream asks, the demo model seldom gives the one that it was asked for."""
-    write_checkout(tmp_path / "WildBench")
+    """Of a template that does not say what the object holds, the demo model makes no score."""
+    template = write_checkout(tmp_path / "WildBench") / "evaluation/eval_template.score.v2.md"
+    template.write_text(template.read_text().partition("Score it")[0] + "How good is it?")
     ours = write_outputs(tmp_path / "ours.json", "ours", {i: f"The number is {i}." for i in range(6)})
     words = command(judge, tmp_path, ours, "--out", tmp_path / "out")
     ended = subprocess.run(words, capture_output=True, text=True, cwd=REPO, env=environment(judge), timeout=400)
