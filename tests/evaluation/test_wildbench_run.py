@@ -42,6 +42,7 @@ def options(tmp_path: Path, url: str) -> list[object]:
     return [*files, *judge, "--out", tmp_path / "out"]
 
 
+@pytest.mark.slow
 def test_sixteen_tasks_killed_half_way_and_resumed(tmp_path: Path, drift: Drift, model_dir: Path) -> None:
     write_checkout(tmp_path / "WildBench")
     with serve(judge_of(verdict), delay_s=0.1) as small:
