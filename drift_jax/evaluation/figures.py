@@ -103,9 +103,7 @@ def draw_coverage(found: Map, names: Sequence[str], folder: Path, axis_name: str
             axis.set_xlabel(f"{axis_name} 1")
             axis.set_ylabel(f"{axis_name} 2")
         figure.colorbar(mesh, ax=axes, label="reward-weighted density")
-        figure.suptitle(
-            "red: the edge of the high-reward region; per cent: how much of it a method reaches", fontsize=9
-        )
+        figure.suptitle("red: the edge of the high-reward region; per cent: how much of it is reached", fontsize=9)
         return save(figure, folder, "coverage")
 
 

@@ -175,6 +175,17 @@ def test_what_is_missing_is_said_first(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_judge_without_one_usable_answer_is_reported(tmp_path: Path, drift: Drift) -> None:
+    write_checkout(tmp_path / "WildBench")
+    ours = write_outputs(tmp_path / "ours.json", "ours", {i: "fine" for i in range(3)})
+    with serve(judge_of(lambda _: "I like it.")) as small:
+        code, out, err = drift("evaluate", "wildbench", ours, *options(tmp_path, small.url))
+    assert code == 0, err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["score"]["score"] is None and report["score"]["total"] == 0 and report["wb_elo"] is None
+    assert report["judging"]["score"]["failed"] == 3 and "3 left out, 9 malformed answers" in " ".join(out.split())
+
+
 def test_no_judge_is_named(tmp_path: Path, drift: Drift) -> None:
     ours = write_outputs(tmp_path / "ours.json", "ours", {0: "x"})
     code, _, err = drift("evaluate", "wildbench", ours, "--out", tmp_path / "out")
