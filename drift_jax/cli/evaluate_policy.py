@@ -112,7 +112,8 @@ def coverage(
     """How much of the region of high rewards each method's replies cover, on one map, with a plot."""
     from drift_jax.evaluation.coverage_run import build_coverage_report, draw_map, write_points
     from drift_jax.evaluation.coverage_settings import load_settings
-    from drift_jax.evaluation.figures import draw_coverage, styled
+    from drift_jax.evaluation.embed import check_packages
+    from drift_jax.evaluation.figures import draw_coverage
     from drift_jax.evaluation.page import render_page
     from drift_jax.evaluation.prompts import read_prompts
     from drift_jax.evaluation.replies import keep_common, name_sources, read_replies
@@ -122,8 +123,7 @@ def coverage(
     chosen, console = on_each(lambda: load_settings(settings, overrides or ())), build_console()
     if (chosen.reward == "implicit") != (policy is not None and reference is not None):
         raise ConfigError("--policy and --reference belong to --set reward=implicit, which needs both.")
-    with on_each(styled):
-        pass  # raised before anything is computed
+    on_each(lambda: check_packages(chosen))  # before anything is computed
     files = on_each(lambda: name_sources(sources))
     dialogues = {p.id: p for p in on_each(lambda: read_prompts(prompts))} if prompts else {}
     read = on_each(lambda: {name: read_replies(name, path, dialogues) for name, path in files.items()})
