@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 3  # at an answer that can be used; connections have their own (`Retry`)
 _SHOWN = 200  # characters of an answer in an error
-# What servers say to a parameter that they do not know.
-_REFUSED = frozenset({400, 404, 422, 501})
+# What servers say to a parameter that they do not know; 500: vLLM without a package that its structured output needs.
+_REFUSED = frozenset({400, 404, 422, 500, 501})
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Judge:
             try:
                 return _content(self._endpoint.post("/chat/completions", body | {"response_format": form}))
             except EndpointError as error:
-                # A 404 or a 400 may have other causes; the request without a schema then says so once more.
+                # These may have other causes; the request without a schema then says so once more.
                 if error.status not in _REFUSED:
                     raise
             answer = _content(self._endpoint.post("/chat/completions", body))

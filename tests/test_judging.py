@@ -166,3 +166,15 @@ def test_how_the_server_is_asked(tmp_path: Path) -> None:
         ask_all(questions(1, schema), config(small), tmp_path / "b.jsonl", quiet())
     forms = [body["response_format"] for _, body in small.seen]
     assert forms[0] == {"type": "json_object"} and forms[1]["json_schema"]["schema"] == schema
+
+
+def test_a_server_that_fails_at_structured_output_is_asked_without(tmp_path: Path) -> None:
+    """As vLLM does where a package is missing: 500 for every request with a schema."""
+
+    def reply(path: str, body: Any) -> Answer:
+        return (500, {"error": {"message": ""}}) if "response_format" in body else answer('{"n": 3}')
+
+    with serve(reply) as small:
+        judge = config(small, concurrency=1)
+        found = ask_all(questions(3, {"type": "object"}), judge, tmp_path / "v.jsonl", quiet(), retry=NO_WAIT)
+    assert found.tally.failed == 0 and len(small.seen) == NO_WAIT.attempts + 3

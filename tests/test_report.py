@@ -150,6 +150,21 @@ def test_500_pairs_of_full_length_stay_below_10_mb(tmp_path: Path) -> None:
     assert 5e6 < (run / "report.html").stat().st_size < 10e6
 
 
+def test_maps_of_coverage_in_the_run_are_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "has_matplotlib", lambda: False)
+    run = write_run(tmp_path / "run")
+    for name, benchmark in (("cov", "coverage"), ("iter_2/cov", "coverage"), ("other", "preference")):
+        (run / name).mkdir()
+        methods = {"methods": {}, "stages": {}, "pairs_file": "a"}
+        (run / name / "report.json").write_text(json.dumps({"benchmark": benchmark, **methods}))
+        (run / name / "coverage.png").write_bytes(b"a picture")
+    text = render_page([load_run(run)])
+    assert re.findall(r"<figcaption>(.*?)</figcaption><img[^>]* src=\"data:image/png;base64,YSBwaWN0dXJl\"", text) == [
+        "run/cov",
+        "run/iter_2/cov",
+    ]
+
+
 # --- hostile text -------------------------------------------------------------------------------------------
 
 TEXT = st.one_of(st.sampled_from(HOSTILE), st.text(min_size=1, max_size=40)).filter(
@@ -212,7 +227,8 @@ def test_the_command_writes_into_the_run_and_needs_a_name_for_several(drift: Dri
     assert code == 2 and "is no run" in err
 
 
-def test_watch_follows_a_run_until_it_is_finished(tmp_path: Path) -> None:
+def test_watch_follows_a_run_until_it_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "has_matplotlib", lambda: False)
     run, out, told = tmp_path / "run", tmp_path / "page.html", []
     pages: list[str] = []
 

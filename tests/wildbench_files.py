@@ -11,7 +11,10 @@ from tests.http_servers import Answer
 
 TAGS = ("Coding & Debugging", "Math", "Creative Writing", "Planning", "Advice seeking")
 # Words of our own; only the names of files and gaps are upstream's.
-SCORE = "History:\n{$history}\nAsked: {$user_query}\nReply: {$model_output}\nLook at:\n{$checklist}\nScore it as JSON."
+SCORE = "History:\n{$history}\nAsked: {$user_query}\nReply: {$model_output}\nLook at:\n{$checklist}\n"
+SCORE += (
+    'Score it as JSON. Answer with this and nothing else: {"strengths": "short", "weaknesses": "none", "score": "7"}'
+)
 PAIRWISE = "History:\n{$history}\nAsked: {$user_query}\nA: {$candidate_A}\n--\nB: {$candidate_B}\n--\n"
 PAIRWISE += "{$checklist}\nWhich? JSON."
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from drift_jax.config import RunConfig
     from drift_jax.evaluation.prompts import Prompt
     from drift_jax.evaluation.report import Report
+    from drift_jax.evaluation.wildbench_rows import Task
     from drift_jax.evaluation.win_rate_judges import Judgement
     from drift_jax.records import Message
 
@@ -53,44 +54,56 @@ def _prepare(given: dict[str, Any]) -> bool:
     return prepare_sample(given)
 
 
+Rows = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option("--rows", help="Print the numbers of a file of rows, or of a published table. Repeatable."),
+]
+Tasks = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--tasks",
+        help="Tasks in the schema of allenai/WildBench v2; default: the hub's. With --rows `hub` names these.",
+    ),
+]
+Checkout = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--wildbench", help="Checkout of github.com/allenai/WildBench, for its judge's templates."),
+]
+References = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--reference",
+        metavar="[NAME=]FILE",
+        help="Outputs to compare with, or the name of a model that upstream has run. Repeatable. "
+        "With --rows: the name of the reference.",
+    ),
+]
+Against = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option("--against", help="Score rows of another model, for Elo-style ratings. Repeatable."),
+]
+LengthPenalty = Annotated[
+    int, typer.Option("--length-penalty", metavar="K", help="Characters more that make a slight win a tie; -1: off.")
+]
+PairJudge = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--pair-judge", help="Model that judges pairs; default: judge.model."),
+]
+Strict = Annotated[
+    bool, typer.Option("--json-schema", help="Ask for the template's object by JSON Schema; upstream does not.")
+]
+
+
 def wildbench(
     model: Model = None,
-    rows: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option("--rows", help="Print the numbers of a file of rows, or of a published table. Repeatable."),
-    ] = None,
-    tasks: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--tasks", help="Tasks in the schema of allenai/WildBench v2; default: the hub's."),
-    ] = None,
-    checkout: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--wildbench", help="Checkout of github.com/allenai/WildBench, for its judge's templates."),
-    ] = None,
-    references: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--reference",
-            metavar="[NAME=]FILE",
-            help="Outputs to compare with, or the name of a model that upstream has run. Repeatable. "
-            "With --rows: the name of the reference.",
-        ),
-    ] = None,
-    against: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option("--against", help="Score rows of another model, for Elo-style ratings. Repeatable."),
-    ] = None,
-    length_penalty: Annotated[
-        int,
-        typer.Option("--length-penalty", metavar="K", help="Characters more that make a slight win a tie; -1: off."),
-    ] = 500,
-    pair_judge: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--pair-judge", help="Model that judges pairs; default: judge.model."),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--json-schema", help="Ask for the template's object by JSON Schema; upstream does not.")
-    ] = False,
+    rows: Rows = None,
+    tasks: Tasks = None,
+    checkout: Checkout = None,
+    references: References = None,
+    against: Against = None,
+    length_penalty: LengthPenalty = 500,
+    pair_judge: PairJudge = None,
+    strict: Strict = False,
     name: Name = None,
     cache: Cache = None,
     config: Config = None,
@@ -101,12 +114,11 @@ def wildbench(
     from drift_jax.evaluation import wildbench_judge as judging
     from drift_jax.evaluation.settings import WILDBENCH, require_judge
     from drift_jax.evaluation.wildbench_files import recompute
-    from drift_jax.evaluation.wildbench_rows import hub_tasks, load_tasks, score_rows
+    from drift_jax.evaluation.wildbench_rows import open_tasks, score_rows
     from drift_jax.evaluation.wildbench_run import WildBenchJob, run_wildbench
-    from drift_jax.records import Message
 
     if rows:
-        tags = {task.session_id: task.groups for task in load_tasks(tasks)} if tasks else None
+        tags = {task.session_id: task.groups for task in open_tasks(tasks)} if tasks else None
         on_main(lambda: _print_json(recompute(rows, tags, next(iter(references or ()), None), length_penalty)))
         return
     model, out = _required(model, out)
@@ -115,16 +127,10 @@ def wildbench(
     # All that the user can mend is refused before anything is sampled.
     for template in (judging.SCORE_TEMPLATE, *((judging.PAIRWISE_TEMPLATE,) if references else ())):
         on_main(lambda template=template: judging.load_template(template, checkout) and None)
-    found = on_each(lambda: load_tasks(tasks) if tasks else hub_tasks())
+    found = on_each(lambda: open_tasks(tasks))
     others = dict(on_each(lambda reference=reference: _reference(reference)) for reference in references or ())
     scored = {path.stem: score_rows(_rows(path)).rows for path in against or ()}
-    if Path(model).is_file():
-        label, outputs = on_each(lambda: judging.load_outputs(Path(model)))
-        note, drawn = None, {}
-    else:
-        label = _label(model)
-        dialogues = {t.session_id: [Message(turn["role"], turn["content"]) for turn in t.conversation] for t in found}
-        outputs, drawn, note = _answers(resolved, model, dialogues, out, console)
+    label, outputs, drawn, note = _task_outputs(resolved, model, found, out, console)
     label = name or label
     job = WildBenchJob(
         model=label,
@@ -143,35 +149,42 @@ def wildbench(
 
     def work() -> None:
         _write_json(out / "model_outputs.json", judging.output_rows(found, outputs, label, drawn))
-        _finish(run_wildbench(job, console), out, console, note)
+        _finish(run_wildbench(job, console), out, console, note, drawn)
 
     on_main(work)
 
 
+Annotations = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--rows", help="Print the win rates of a file of annotations."),
+]
+Baseline = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--reference-outputs",
+        help="The baseline's outputs (dataset, instruction, output, generator), which hold the prompts too; "
+        "default: the hub's alpaca_eval_gpt4_baseline.json.",
+    ),
+]
+Annotate = Annotated[
+    bool, typer.Option("--annotate", help="Annotate and score with the package alpaca-eval (extra alpaca-eval).")
+]
+Annotator = Annotated[
+    str, typer.Option("--annotator", help="An annotator of the package, or a directory with its configs.yaml.")
+]
+Gamed = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--df-gamed", help="df_gamed.csv of the hub, for the length-controlled win rate."),
+]
+
+
 def alpaca_eval(
     model: Model = None,
-    rows: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--rows", help="Print the win rates of a file of annotations."),
-    ] = None,
-    reference: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--reference-outputs",
-            help="The baseline's outputs (dataset, instruction, output, generator), which hold the prompts too; "
-            "default: the hub's alpaca_eval_gpt4_baseline.json.",
-        ),
-    ] = None,
-    annotate: Annotated[
-        bool, typer.Option("--annotate", help="Annotate and score with the package alpaca-eval (extra alpaca-eval).")
-    ] = False,
-    annotator: Annotated[
-        str, typer.Option("--annotator", help="An annotator of the package, or a directory with its configs.yaml.")
-    ] = "weighted_alpaca_eval_gpt4_turbo",
-    gamed: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--df-gamed", help="df_gamed.csv of the hub, for the length-controlled win rate."),
-    ] = None,
+    rows: Annotations = None,
+    reference: Baseline = None,
+    annotate: Annotate = False,
+    annotator: Annotator = "weighted_alpaca_eval_gpt4_turbo",
+    gamed: Gamed = None,
     name: Name = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -195,12 +208,12 @@ def alpaca_eval(
     baseline = Path(on_main(lambda: str(alpaca.baseline_file(reference))))
     prompts = on_each(lambda: _rows(baseline))
     alpaca.check_prompts(prompts, str(baseline))
-    note, outputs_path = None, out / "model_outputs.json"
+    note, drawn, outputs_path = None, None, out / "model_outputs.json"
     if Path(model).is_file():
         outputs_path = Path(model)
     else:
         dialogues = {str(i): [Message("user", prompt["instruction"])] for i, prompt in enumerate(prompts)}
-        texts, _, note = _answers(resolved, model, dialogues, out, console)
+        texts, drawn, note = _answers(resolved, model, dialogues, out, console)
         built = alpaca.build_outputs(prompts, [texts[key] for key in dialogues], name or _label(model))
         on_main(lambda: write_json(outputs_path, built))
     if not annotate:
@@ -211,7 +224,7 @@ def alpaca_eval(
             resolved.judge.model,
             annotator,
         )
-    on_main(lambda: _finish(report, out, console, note))
+    on_main(lambda: _finish(report, out, console, note, drawn))
 
 
 def win_rate(
@@ -317,6 +330,19 @@ def _answers(
     return {name: answer.text for name, answer in answers.by_id.items()}, drawn, "; ".join(said) or None
 
 
+def _task_outputs(
+    config: RunConfig, model: str, tasks: list[Task], out: Path, console: Console
+) -> tuple[str, dict[str, str], dict[str, Any], str | None]:
+    """(name of the model, outputs by session id, and what `_answers` says of them), of a file or a model."""
+    from drift_jax.evaluation.wildbench_judge import load_outputs
+    from drift_jax.records import Message
+
+    if Path(model).is_file():
+        return *on_each(lambda: load_outputs(Path(model))), {}, None
+    dialogues = {t.session_id: [Message(turn["role"], turn["content"]) for turn in t.conversation] for t in tasks}
+    return _label(model), *_answers(config, model, dialogues, out, console)
+
+
 def _outputs(
     config: RunConfig, model: str, prompts: list[Prompt], out: Path, console: Console
 ) -> tuple[dict[str, str], str | None]:
@@ -347,15 +373,20 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _label(model: str) -> str:
     """A model by its directory; RUN/iter_2/hf is RUN-iter_2."""
-    parts = Path(model).parts
-    return "-".join(parts[-3:-1]) if len(parts) > 2 and parts[-1] == "hf" else parts[-1]
+    path = Path(model)
+    return "-".join(path.parts[-3:-1]) if len(path.parts) > 2 and path.name == "hf" else path.name or model
 
 
-def _finish(report: Report, out: Path, console: Console, note: str | None) -> None:
+def _finish(
+    report: Report, out: Path, console: Console, note: str | None, drawn: Mapping[str, Any] | None = None
+) -> None:
+    """Writes and shows a report. `note`: what is to be said of the answers; `drawn`: how they were."""
     from drift_jax.evaluation.report import print_report, write_report
 
-    if note:
-        report = dataclasses.replace(report, notes=[*report.notes, f"{note}."], data=dict(report.data) | {"note": note})
+    notes = [*report.notes, *([f"{note}."] if note else [])]
+    report = dataclasses.replace(
+        report, notes=notes, data=dict(report.data) | {"sampling": drawn or None, "note": note}
+    )
     write_report(report, out)
     print_report(report, console)
     console.print(f"{out / 'report.md'}, {out / 'report.json'}", markup=False, highlight=False, soft_wrap=True)

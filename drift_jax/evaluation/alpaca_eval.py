@@ -21,7 +21,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 
@@ -217,8 +216,16 @@ def _environment(judge: JudgeConfig) -> Iterator[None]:
         "OPENAI_BASE_URL": judge.base_url,
         "OPENAI_MAX_CONCURRENCY": str(judge.concurrency),
     }
-    with mock.patch.dict(os.environ, values):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
         yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir: Path) -> Path:
@@ -251,12 +258,14 @@ def _length_controlled(package: Any, annotations: Sequence[Mapping[str, Any]], g
     except DataError:
         return LC_MISSING
     module = package.metrics.glm_winrate
+    # The package knows the hub only; the file that is given stands for its download.
+    download, module.hf_hub_download = module.hf_hub_download, lambda **_: str(path)
     try:
-        # The package knows the hub only; the file that is given stands for its download.
-        with mock.patch.object(module, "hf_hub_download", lambda **_: str(path)):
-            found = module.get_length_controlled_winrate(pd.DataFrame(list(annotations)), save_weights_dir=None)
+        found = module.get_length_controlled_winrate(pd.DataFrame(list(annotations)), save_weights_dir=None)
     except Exception as error:  # rows that are not the 805 of the benchmark have no difficulty, and the like
         return f"not computed: {type(error).__name__}: {str(error)[:200]}"
+    finally:
+        module.hf_hub_download = download
     return float(found["length_controlled_winrate"])
 
 

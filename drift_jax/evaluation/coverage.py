@@ -6,13 +6,14 @@ its share of the global high-reward region. The rest is ours:
 1. Rewards become weights in [0, 1], by rank or by range, over all methods together.
 2. A method's density is the sum of the kernels of its replies, each times its weight, over its number of replies: a
    method with more replies has no more density. One bandwidth and one grid serve all methods.
-3. The region is the smallest set of cells that holds `region_mass` of the mean of the methods' densities.
-4. `coverage` is the share of the region's area where the method is at least as dense as the mean is at the region's
-   edge (times `cover_level`). Methods that are alike have all of it; one that has collapsed onto a spot has little,
-   however good that spot is.
-5. `share` is the method's part of the density within the region: parts add up to 1, and a collapse does not show.
-6. Intervals are of prompts drawn with replacement, the same for all methods, with map and region as they are. Fewer
-   different replies cover less, so the interval of `coverage` is shifted to where its middle is the value.
+3. A method's reach is the smallest set of cells that holds `reach_mass` of its density.
+4. The region of high rewards is where, of the area that any method reaches, rewards are highest: the `region_area` of
+   it with the highest local mean of weights (the methods' density over the same density without weights). It is not
+   where density is highest: a method that has collapsed onto a spot would make that spot the region.
+5. `coverage` is the share of the region's area that a method reaches. Methods that are alike have all of it.
+6. `share` is the method's part of the density within the region: parts add up to 1, and a collapse does not show.
+7. Intervals are of prompts drawn with replacement, the same for all methods, with map and region as they are. Fewer
+   different replies reach less, so the interval of `coverage` is shifted to where its middle is the value.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ class Coverage:
     weights: Float[np.ndarray, " N"]
     densities: Float[np.ndarray, "M G G"]  # of each method, [x, y]
     region: Bool[np.ndarray, "G G"]
-    edge: float  # the least mean density within the region
     shares: tuple[Share, ...]
 
 
@@ -78,16 +78,17 @@ def find_coverage(
     def densities(times: Float[np.ndarray, " N"]) -> Float[np.ndarray, "M G G"]:
         return np.stack([_density(kernels, weights, times * member) for member in members])
 
-    found = densities(np.ones(len(points)))
-    region, edge = _region(found.mean(axis=0), settings.region_mass)
-    level = settings.cover_level * edge
-    values = _values(found, region, level)
+    every = np.ones(len(points))
+    found = densities(every)
+    plain = np.stack([_density(kernels, every, every * member) for member in members])
+    region = _region(found, plain, settings)
+    values = _values(found, region, settings.reach_mass)
     rng, count = np.random.default_rng(settings.seed), int(prompts.max()) + 1
     drawn = []
     for _ in range(settings.resamples):
         times = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
-        drawn.append(_values(densities(times[prompts]), region, level))
-    return Coverage(x, y, bandwidth, weights, found, region, edge, _shares(values, np.stack(drawn)))
+        drawn.append(_values(densities(times[prompts]), region, settings.reach_mass))
+    return Coverage(x, y, bandwidth, weights, found, region, _shares(values, np.stack(drawn)))
 
 
 def _bandwidth(points: Float[np.ndarray, "N 2"], each: float, given: float | None) -> Float[np.ndarray, "2"]:
@@ -125,21 +126,31 @@ def _density(
     return (kernels[0][:, there] * (weights * times)[there] / total) @ kernels[1][:, there].T
 
 
-def _region(mean: Float[np.ndarray, "G G"], mass: float) -> tuple[Bool[np.ndarray, "G G"], float]:
-    order = np.sort(mean, axis=None)[::-1]
+def _reach(density: Float[np.ndarray, "G G"], mass: float) -> Bool[np.ndarray, "G G"]:
+    """The densest cells, as few as hold `mass` of it; none of a density that is 0 everywhere."""
+    order = np.sort(density, axis=None)[::-1]
     last = int(np.searchsorted(np.cumsum(order), mass * order.sum()))
-    edge = float(order[min(last, len(order) - 1)])
-    return mean >= edge, edge
+    return (density >= order[min(last, len(order) - 1)]) & (density > 0)
+
+
+def _region(
+    densities: Float[np.ndarray, "M G G"], plain: Float[np.ndarray, "M G G"], settings: CoverageConfig
+) -> Bool[np.ndarray, "G G"]:
+    """Where rewards are highest. Args: `plain` is the densities without weights."""
+    reached = np.any([_reach(density, settings.reach_mass) for density in densities], axis=0)
+    mean, mass = densities.sum(axis=0), plain.sum(axis=0)
+    rewards = np.divide(mean, mass, out=np.zeros_like(mean), where=mass > 0)
+    least = np.quantile(rewards[reached], 1 - settings.region_area) if reached.any() else np.inf
+    # Equal rewards are equal up to the last digits.
+    return reached & (rewards >= least * (1 - 1e-9))
 
 
 def _values(
-    densities: Float[np.ndarray, "M G G"], region: Bool[np.ndarray, "G G"], level: float
+    densities: Float[np.ndarray, "M G G"], region: Bool[np.ndarray, "G G"], mass: float
 ) -> Float[np.ndarray, "2 M"]:
     """Coverage and share of each method."""
-    inside = densities[:, region]
-    held = inside.sum(axis=1)
-    # In the last digits the mean of equal densities need not be the density.
-    covered = (inside >= level * (1 - 1e-9)).mean(axis=1)
+    covered = np.array([_reach(density, mass)[region].mean() if region.any() else 0.0 for density in densities])
+    held = densities[:, region].sum(axis=1)
     return np.stack([covered, held / held.sum() if held.sum() else np.zeros(len(held))])
 
 

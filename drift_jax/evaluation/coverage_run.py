@@ -153,14 +153,13 @@ def build_coverage_report(
         "libraries": {name: _version(name) for name in used},
         "files": {name: str(path) for name, path in files.items()},
         "prompts": len({reply.prompt for reply in found.replies}),
-        "region": {"area": area, "edge": found.found.edge, "bandwidth": found.found.bandwidth.tolist()},
+        "region": {"area": area, "bandwidth": found.found.bandwidth.tolist()},
         "methods": {name: measured[name] for name in files},
         "drops": {name: {why: n for why, n in reasons.items() if n} for name, reasons in drops.items()},
     }
     notes = [
-        f"The region holds {settings.region_mass:.0%} of the reward-weighted density of all methods, on {area:.1%} of "
-        f"the map. A method covers a cell where it is as dense as the mean is at the region's edge, times "
-        f"{settings.cover_level:g}.",
+        f"The region is the {settings.region_area:.0%} with the highest rewards of the area that any method reaches, "
+        f"{area:.1%} of the map; a method covers what it reaches with {settings.reach_mass:.0%} of its density.",
         f"Rewards: {settings.reward}, by {settings.reward_scale}. Embedder {settings.embedder}, projection "
         f"{settings.projection} (its axes have no unit), seed {settings.seed}.",
         f"Intervals of 95 %: {settings.resamples} draws of the {data['prompts']} prompts, map and region as they are.",

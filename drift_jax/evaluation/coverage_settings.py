@@ -33,8 +33,8 @@ class CoverageConfig:
     metric: Literal["cosine", "euclidean"] = "cosine"  # UMAP: between embeddings
     grid: Annotated[int, Field(ge=10, le=1000)] = 100  # cells along each axis of the map
     bandwidth: PositiveFloat | None = None  # of the kernel, in standard deviations of each axis; null: Scott's rule
-    region_mass: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of all reward-weighted density: the high-reward region
-    cover_level: PositiveFloat = 1.0  # a cell is covered from this many times the density at the region's edge
+    reach_mass: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of a method's density, on the area that it reaches
+    region_area: Annotated[float, Field(gt=0, le=1)] = 0.25  # of the area that any method reaches, by highest rewards
     resamples: PositiveInt = 200  # of prompts, for the intervals
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
 

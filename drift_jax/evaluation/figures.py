@@ -7,14 +7,15 @@ the same bytes.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drift_jax.evaluation.entry_points import missing_extra
 from drift_jax.files import atomic_writer
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#7f7f7f")
 _COLUMNS = 3
 _WIDTH, _HEIGHT = 4.2, 3.6  # inches, of a panel
+_TITLE = 44  # characters on a line of a panel's title
 _STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -37,18 +39,14 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def styled() -> Iterator[Any]:
-    """Matplotlib with our settings, which end with the block. Raises `ConfigError` where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise missing_extra("matplotlib", "a plot") from None
+    """Matplotlib with our settings, which end with the block."""
+    import matplotlib
+
     with matplotlib.rc_context(_STYLE):
         yield matplotlib
 
 
 def has_matplotlib() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -97,11 +95,11 @@ def draw_coverage(found: Map, names: Sequence[str], folder: Path, axis_name: str
             axis.contour(c.x, c.y, c.region.T.astype(float), levels=[0.5], colors="#e45756", linewidths=1.2)
             mine = [i for i, reply in enumerate(found.replies) if name in (None, reply.method)]
             axis.scatter(*found.points[mine].T, s=5, color="#333333", alpha=0.5, linewidths=0)
-            axis.set_title(title)
+            axis.set_title(textwrap.fill(title, _TITLE))
             axis.set_xlabel(f"{axis_name} 1")
             axis.set_ylabel(f"{axis_name} 2")
         figure.colorbar(mesh, ax=axes, label="reward-weighted density")
-        figure.suptitle("red: the edge of the high-reward region; per cent: how much of it a method covers", fontsize=9)
+        figure.suptitle("red: the edge of the high-reward region; per cent: how much of it is reached", fontsize=9)
         return save(figure, folder, "coverage")
 
 
@@ -122,7 +120,7 @@ def draw_lines(metrics: Mapping[str, Series], ticks: Mapping[float, str], folder
             for method, marks in series.items():
                 place = methods.index(method)
                 _draw_marks(axis, method, marks, COLOURS[place % len(COLOURS)], 0.06 * (place - (len(methods) - 1) / 2))
-            axis.set_title(metric)
+            axis.set_title(textwrap.fill(metric, _TITLE))
             axis.set_xticks(list(ticks), list(ticks.values()))
             axis.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
             axis.grid(axis="y", alpha=0.3)

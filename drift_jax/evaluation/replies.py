@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import ConfigError, DataError
-from drift_jax.evaluation.json_rows import read_json
+from drift_jax.evaluation.json_rows import read_value
 from drift_jax.evaluation.prompts import Prompt
 
 _TEXT_KEYS = ("text", "output", "response", "completion", "chosen")
@@ -84,11 +84,13 @@ def read_replies(name: str, path: Path, prompts: Mapping[str, Prompt]) -> tuple[
     Raises:
       DataError: rows have no reply, or the same prompt and sample twice; all are named.
     """
-    rows, replies, problems, empty = read_json(path, "replies"), list[Reply](), list[str](), 0
+    value = read_value(path)
+    rows = value if isinstance(value, list) else [value]  # JSONL of one line is an object
+    replies, problems, empty = list[Reply](), list[str](), 0
     lines: dict[tuple[str, int], int] = {}
     seen: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
-        text = _text_of(row)
+        text = _text_of(row) if isinstance(row, dict) else None
         if text is None:
             problems.append(f"  {path}, row {number}: none of {', '.join(_TEXT_KEYS)} is a text or one message")
             continue

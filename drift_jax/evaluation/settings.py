@@ -34,7 +34,10 @@ def build_evaluation_config(
     for override in overrides:
         apply_override(raw, override)
     raw["run_dir"] = str(out_dir)
-    raw["model"] = dict(raw.get("model") or {}) | {"path": model}
+    section = dict(raw.get("model") or {})
+    if section.get("path") != model:
+        section.pop("revision", None)  # is one of the config's own model
+    raw["model"] = section | {"path": model}
     return build_config(raw, source=str(file) if file is not None else "the options")
 
 

@@ -143,6 +143,11 @@ def _outcome(row: Mapping[str, Any], tested: str, reference: str) -> Outcome | N
     return None
 
 
+def open_tasks(path: Path | None) -> list[Task]:
+    """Tasks of a file, or of the hub: None, or `hub` where no such file is. Raises `DataError`."""
+    return hub_tasks() if path is None or (str(path) == "hub" and not path.exists()) else load_tasks(path)
+
+
 def load_tasks(path: Path) -> list[Task]:
     """Tasks of a local file in the schema of the hub's `allenai/WildBench`, configuration v2.
 

@@ -132,10 +132,10 @@ def _figures(runs: Sequence[Run]) -> Mapping[str, Sequence[tuple[str, Markup]]]:
 def _coverage_maps(run: Run) -> list[tuple[str, str]]:
     """(where, data URI) of what `drift evaluate coverage` drew in the run's folder. An image runs no script."""
     found = []
-    for report in sorted(run.folder.glob("*/report.json")):
+    for report in sorted(path for depth in ("*", "*/*") for path in run.folder.glob(f"{depth}/report.json")):
         picture = report.with_name("coverage.png")
         is_one = read_json_file(report, {}).get("benchmark") == "coverage"
         if is_one and picture.is_file() and picture.stat().st_size <= _MOST_IMAGE_BYTES:
             data = base64.b64encode(picture.read_bytes()).decode()
-            found.append((f"{run.name}/{report.parent.name}", f"data:image/png;base64,{data}"))
+            found.append((f"{run.name}/{report.parent.relative_to(run.folder)}", f"data:image/png;base64,{data}"))
     return found

@@ -20,6 +20,8 @@ from tests.cli_runs import REPO, Drift, drift, model_dir  # noqa: F401
 from tests.http_servers import serve
 from tests.wildbench_files import judge_of, write_checkout, write_outputs, write_tasks
 
+SAMPLING = ("--set", "sampling.max_new_tokens=4", "--set", "sampling.compute_dtype=float32")
+
 
 def verdict(prompt: str) -> dict[str, Any] | str:
     """Of a score by the task's number, of a pair the longer one; tasks 3 and 11 get no usable answer."""
@@ -40,12 +42,11 @@ def options(tmp_path: Path, url: str) -> list[object]:
     return [*files, *judge, "--out", tmp_path / "out"]
 
 
+@pytest.mark.slow
 def test_sixteen_tasks_killed_half_way_and_resumed(tmp_path: Path, drift: Drift, model_dir: Path) -> None:
     write_checkout(tmp_path / "WildBench")
-    drawing = ("sampling.max_new_tokens=4", "sampling.compute_dtype=float32")
-    sampling = [word for key in drawing for word in ("--set", key)]
     with serve(judge_of(verdict), delay_s=0.1) as small:
-        words = ["evaluate", "wildbench", model_dir, "--name", "tiny", *sampling, *options(tmp_path, small.url)]
+        words = ["evaluate", "wildbench", model_dir, "--name", "tiny", *SAMPLING, *options(tmp_path, small.url)]
         verdicts = tmp_path / "out/verdicts.jsonl"
         command = [sys.executable, "-m", "drift_jax", *map(str, words)]
         log = tmp_path / "log.txt"
@@ -174,6 +175,17 @@ def test_what_is_missing_is_said_first(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_judge_without_one_usable_answer_is_reported(tmp_path: Path, drift: Drift) -> None:
+    write_checkout(tmp_path / "WildBench")
+    ours = write_outputs(tmp_path / "ours.json", "ours", {i: "fine" for i in range(3)})
+    with serve(judge_of(lambda _: "I like it.")) as small:
+        code, out, err = drift("evaluate", "wildbench", ours, *options(tmp_path, small.url))
+    assert code == 0, err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["score"]["score"] is None and report["score"]["total"] == 0 and report["wb_elo"] is None
+    assert report["judging"]["score"]["failed"] == 3 and "3 left out, 9 malformed answers" in " ".join(out.split())
+
+
 def test_no_judge_is_named(tmp_path: Path, drift: Drift) -> None:
     ours = write_outputs(tmp_path / "ours.json", "ours", {0: "x"})
     code, _, err = drift("evaluate", "wildbench", ours, "--out", tmp_path / "out")
@@ -191,3 +203,30 @@ def test_prompts_of_the_judge(tmp_path: Path) -> None:
     assert shorten(" ".join(["w"] * 1001)) == " ".join(["w"] * 1000) + "... (truncated)"
     first = {seat(task, "m", "r").a for task in tasks}
     assert first == {"m", "r"} and seat(tasks[0], "m", "r") == seat(tasks[0], "m", "r")
+
+
+def test_a_model_answers_other_prompts(tmp_path: Path, drift: Drift, model_dir: Path) -> None:
+    """The same model on both sides is sampled once; the other benchmark's outputs are written and not compared."""
+    prompts = [{"instruction": f"Say number {i}.", "output": "", "generator": "base"} for i in range(16)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    check = ["--judge", "programmatic", "--check", "drift_jax.evaluation.checks:shorter"]
+    words = [*SAMPLING, "--prompts", tmp_path / "prompts.json", "--out", tmp_path / "out", *check]
+    code, out, err = drift("evaluate", "win-rate", model_dir, model_dir, *words)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["win_rate"] == 50 and found["ties"] == 16 and found["win_rate_interval"] == [50, 50]
+    assert "answering with model: 16/16" in out and not (tmp_path / "out/b").exists()
+    words = [
+        *SAMPLING,
+        "--reference-outputs",
+        tmp_path / "prompts.json",
+        "--out",
+        tmp_path / "alpaca",
+        "--name",
+        "tiny",
+    ]
+    code, out, err = drift("evaluate", "alpaca-eval", model_dir, *words)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "alpaca/model_outputs.json").read_text())
+    assert [row["instruction"] for row in rows] == [prompt["instruction"] for prompt in prompts]
+    assert {row["generator"] for row in rows} == {"tiny"} and all(isinstance(row["output"], str) for row in rows)

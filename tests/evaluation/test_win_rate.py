@@ -16,7 +16,7 @@ from drift_jax.evaluation.elo import EloRules, Game, elo_ratings, games_of_score
 from drift_jax.evaluation.intervals import bootstrap_interval, mean_interval, score_interval
 from drift_jax.evaluation.wildbench import PairRow, ScoreRow, reward_table
 from drift_jax.evaluation.win_rate import Preference, win_rate
-from tests.cli_runs import Drift, drift, model_dir  # noqa: F401
+from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.http_servers import serve
 from tests.wildbench_files import judge_of
 
@@ -264,14 +264,3 @@ def test_by_functions(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPa
             tmp_path / "x",
         )
         assert code == 2 and message in err
-
-
-def test_a_model_answers_for_itself(tmp_path: Path, drift: Drift, model_dir: Path) -> None:
-    prompts = prompts_file(tmp_path, 3)
-    words = ["--set", "sampling.max_new_tokens=4", "--set", "sampling.compute_dtype=float32", "--prompts", prompts]
-    check = ["--judge", "programmatic", "--check", "drift_jax.evaluation.checks:shorter"]
-    code, out, err = drift("evaluate", "win-rate", model_dir, model_dir, *words, *check, "--out", tmp_path / "out")
-    assert code == 0, err
-    found = json.loads((tmp_path / "out/report.json").read_text())
-    assert found["win_rate"] == 50 and found["ties"] == 3 and found["win_rate_interval"] == [50, 50]
-    assert "answering with model: 3/3" in out and not (tmp_path / "out/b").exists()
