@@ -75,6 +75,7 @@ def test_the_page_has_every_section_of_a_run(text: str) -> None:
     assert "beta: 0.1" in text and "<td>jax</td>" in text and f"<td>{2:064x}"[:20] in text
     assert "it went &lt;b&gt;wrong&lt;/b&gt;" in text
     assert "+0.800 (80%)" in text
+    assert "mathdefault" not in text
 
 
 def test_what_a_run_has_not_is_left_out(tmp_path: Path) -> None:

@@ -136,11 +136,15 @@ def test_words_that_differ_are_marked(open_page: Open, report: Path) -> None:
     assert page.locator("ins, del").count() == 0
     page.select_option("#diff", "previous")
     second = page.locator(".record").first.locator(".reply.chosen").nth(1)
-    assert second.locator("del").all_inner_texts() == ["1", "five"]
-    assert second.locator("ins").all_inner_texts() == ["2", "four"]
+    assert [word.strip() for word in second.locator("del").all_inner_texts()] == ["1", "five"]
+    assert [word.strip() for word in second.locator("ins").all_inner_texts()] == ["2", "four"]
+    kept = "".join(second.locator(".text > :not(del)").all_text_contents())
+    assert kept == plain(HELD_OUT, "chosen 2")
     assert page.locator(".record").first.locator(".reply.chosen").nth(0).locator("ins, del").count() == 0
     page.select_option("#diff", "rejected")
-    assert page.locator(".record").first.locator(".reply.chosen").nth(0).locator("del").first.inner_text() == "rejected"
+    assert (
+        page.locator(".record").first.locator(".reply.chosen").nth(0).locator("del").first.inner_text() == "rejected "
+    )
 
 
 def test_the_state_survives_a_reload(open_page: Open, report: Path) -> None:

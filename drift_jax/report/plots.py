@@ -76,7 +76,7 @@ THEORY = (
     Curve("Gradient norm of a pair, and its bound", ("theory/grad_norm", "theory/bound"), ("mean", "βτp₀Δ"), log=True),
     Curve("p₀, share of pairs with σ(-s) ≥ τ", ("theory/p0",)),
     Curve("Δ, mean ‖d‖ of these", ("theory/delta",)),
-    Curve("σ(-s): median, 5 % and 95 %", ("theory/weight/p50", "theory/weight/p05", "theory/weight/p95"), ("", "", "")),
+    Curve("σ(-s), quantiles", ("theory/weight/p50", "theory/weight/p05", "theory/weight/p95"), ("50 %", "5 %", "95 %")),
 )
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
@@ -141,6 +141,7 @@ def _draw_curve(axis: Any, runs: Sequence[Run], curve: Curve, stages: Sequence[s
         axis.plot([], [], color=_INK, linestyle="none", marker="D", markersize=4, label="held out")
     if curve.log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # the default is mathematics, which labels are not
     for bound in range(1, len(stages)):
         axis.axvline(bound, color=_GRID, linewidth=1, zorder=0)
     axis.set_xlim(-0.03, len(stages) + 0.03)

@@ -157,24 +157,26 @@
 
   // --- words that differ: the longest common subsequence ---
 
-  const words = (text) => text.match(/\s+|\p{Script=Han}|[\p{L}\p{N}\p{M}_]+|[^\s]/gu) ?? [];
+  // The space after a word belongs to it: spaces of their own would be found equal among words that are not.
+  const words = (text) => text.match(/(?:\p{Script=Han}|[\p{L}\p{N}\p{M}_]+|[^\s])\s*|\s+/gu) ?? [];
+  const equal = (x, y) => x === y || (x.trimEnd() === y.trimEnd() && x.trimEnd() !== "");
 
   function differences(before, after) {
     const a = words(before);
     const b = words(after);
     let start = 0;
-    while (start < a.length && start < b.length && a[start] === b[start]) start++;
+    while (start < a.length && start < b.length && equal(a[start], b[start])) start++;
     let end = 0;
-    while (end < a.length - start && end < b.length - start && a.at(-1 - end) === b.at(-1 - end)) end++;
+    while (end < a.length - start && end < b.length - start && equal(a.at(-1 - end), b.at(-1 - end))) end++;
     const parts = [];
     const add = (tag, word) => {
       const last = parts.at(-1);
       if (last && last[0] === tag) last[1].push(word);
       else parts.push([tag, [word]]);
     };
-    for (const word of a.slice(0, start)) add("span", word);
+    for (const word of b.slice(0, start)) add("span", word);
     middle(a.slice(start, a.length - end), b.slice(start, b.length - end), add);
-    for (const word of a.slice(a.length - end)) add("span", word);
+    for (const word of b.slice(b.length - end)) add("span", word);
     return parts.map(([tag, list]) => element(tag, "", list.join("")));
   }
 
@@ -185,15 +187,15 @@
       for (let i = a.length - 1; i >= 0; i--)
         for (let j = b.length - 1; j >= 0; j--)
           best[i * width + j] =
-            a[i] === b[j]
+            equal(a[i], b[j])
               ? best[(i + 1) * width + j + 1] + 1
               : Math.max(best[(i + 1) * width + j], best[i * width + j + 1]);
       let i = 0;
       let j = 0;
       while (i < a.length && j < b.length) {
-        if (a[i] === b[j]) {
-          add("span", a[i++]);
-          j++;
+        if (equal(a[i], b[j])) {
+          add("span", b[j++]);
+          i++;
         } else if (best[(i + 1) * width + j] >= best[i * width + j + 1]) add("del", a[i++]);
         else add("ins", b[j++]);
       }
