@@ -158,7 +158,7 @@
   // --- words that differ: the longest common subsequence ---
 
   // The space after a word belongs to it: spaces of their own would be found equal among words that are not.
-  const words = (text) => text.match(/(?:\p{Script=Han}|[\p{L}\p{N}\p{M}_]+|[^\s])\s*|\s+/gu) ?? [];
+  const words = (text) => text.match(/(?:\p{Script=Han}|[\p{L}\p{N}\p{M}_]+(?:['’][\p{L}\p{N}]+)*|[^\s])\s*|\s+/gu) ?? [];
   const equal = (x, y) => x === y || (x.trimEnd() === y.trimEnd() && x.trimEnd() !== "");
 
   function differences(before, after) {
