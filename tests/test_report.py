@@ -258,6 +258,7 @@ def test_the_card_has_data_recipe_figures_and_licence(drift: Drift, tmp_path: Pa
     text = (run / "iter_2" / "hf" / "README.md").read_text()
     head, body = text.split("---\n")[1:3]
     assert "license: apache-2.0" in head and "| licence of the base | `apache-2.0` |" in body
+    assert "| base model | `base` |" in body and str(tmp_path) not in text
     assert "beta `0.1`" in body and "| iter_2 | 16 | 6 | 0.6000 |" in body and f"{HELD_OUT} pairs" in body
     assert "28 rows" in body and "`rewards/chosen fell | <b>`" in body and "| speaks for another | 4 | 4 |" in body
     (run / "base" / "README.md").unlink()

@@ -74,7 +74,7 @@ def render_card(run: Run, stage: Stage, licence: str | None = None) -> str:
         .render(
             front_matter=head.to_yaml(),
             name=f"{run.name} {stage.name}",
-            base=base,
+            base=base if is_hub_id else Path(base).name,  # a path of this machine is nobody else's business
             licence=found,
             method=run.config.get("recipe", {}).get("method", "drift"),
             config=run.config,

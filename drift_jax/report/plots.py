@@ -142,6 +142,7 @@ def _draw_curve(axis: Any, runs: Sequence[Run], curve: Curve, stages: Sequence[s
     if curve.log:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")  # the default is mathematics, which labels are not
+        axis.yaxis.set_minor_formatter("")
     for bound in range(1, len(stages)):
         axis.axvline(bound, color=_GRID, linewidth=1, zorder=0)
     axis.set_xlim(-0.03, len(stages) + 0.03)
