@@ -114,6 +114,13 @@ def test_records_have_complaint_replies_margins_and_drops(run_dir: Path) -> None
     assert data["total"] == len(records) == 24 + DROPPED
 
 
+def test_a_run_may_hold_nothing_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "iter_1" / "pairs.test.jsonl").write_text("")
+    record = next(r for r in build_browser([load_run(run)], ROOM)["records"] if r["id"] == "r0")
+    assert [stage["column"] for stage in record["stages"]] == [1]
+
+
 def test_several_runs_share_records(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "other")
     data = build_browser(load_runs([f"one={run_dir}", f"two={tmp_path / 'other'}"]), ROOM)

@@ -70,7 +70,7 @@ def _stage_entries(run: Run, stage: Stage) -> dict[str, tuple[list[list[str]], d
     found: dict[str, tuple[list[list[str]], dict[str, Any]]] = {}
     for split in _SPLITS:
         path = _pairs_file(run, stage, split)
-        if path is None or not path.is_file():
+        if path is None or not path.is_file() or not path.stat().st_size:  # nothing is held out
             continue
         for pair in read_pairs(path, "skip").records:
             entry = _entry(split, stage.margins.get(pair.id))
