@@ -111,7 +111,7 @@ class Endpoint:
         except httpx2.HTTPError as error:
             raise EndpointError(f"{url}: no answer ({type(error).__name__}: {error}).", passing=True) from error
         if answer.is_error:
-            text = answer.text[:_SHOWN]
+            text = self._without_key(answer.text)[:_SHOWN]
             raise EndpointError(
                 f"{url}: {answer.status_code} {answer.reason_phrase}: {text}",
                 passing=answer.status_code in _PASSING,
@@ -124,6 +124,10 @@ class Endpoint:
             return answer.json()
         except ValueError:
             raise EndpointError(f"{url}: the answer is not JSON: {answer.text[:_SHOWN]!r}.", passing=False) from None
+
+    def _without_key(self, text: str) -> str:
+        """Some servers repeat the key that they refuse."""
+        return text.replace(self._api_key, "...") if self._api_key else text
 
     def close(self) -> None:
         self._client.close()
