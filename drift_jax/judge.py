@@ -81,26 +81,29 @@ class MalformedError(EndpointError):
 
 @final
 class Judge:
-    """The server and model of section `judge`. Threads may share it.
+    """The server and model of section `judge`. Threads may share it. `retry`, `sleep` and `wait_turn` as in `Endpoint`.
 
     Raises:
       ConfigError: the environment variable with the API key is not set.
     """
 
     def __init__(
-        self, config: JudgeConfig, retry: Retry | None = None, sleep: Callable[[float], None] = time.sleep
+        self,
+        config: JudgeConfig,
+        retry: Retry | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        wait_turn: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
-        self._endpoint = Endpoint(config.base_url, read_api_key(config.api_key_env), config.timeout_s, retry, sleep)
+        key = read_api_key(config.api_key_env)
+        self._endpoint = Endpoint(config.base_url, key, config.timeout_s, retry, sleep, wait_turn)
         self._structured = True
 
     def ask(self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> T:
         """The value of `verdict`."""
         return self.verdict(prompt, schema, read).value
 
-    def verdict(
-        self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]
-    ) -> Verdict[T]:
+    def verdict(self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> Verdict[T]:
         """`read` of the object that the model answers with; asked again where that raises or is no JSON object.
 
         Args:

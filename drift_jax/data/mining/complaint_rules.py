@@ -151,7 +151,9 @@ def _spell_out(name: str | Path, rule: Rule, lines: str, parts: Mapping[str, str
 
     def part(found: re.Match[str]) -> str:
         if found[1] not in parts:
-            raise ConfigError(f"{name}, rule {rule.name}: the file has no part {found[1]} (above the one that uses it).")
+            raise ConfigError(
+                f"{name}, rule {rule.name}: the file has no part {found[1]} (above the one that uses it)."
+            )
         above = dict(list(parts.items())[: list(parts).index(found[1])])
         return f"(?:{_spell_out(name, rule, parts[found[1]], above)})"
 
