@@ -135,7 +135,7 @@ def _find(name: str | Path) -> Any:
 
 
 def _compile(name: str | Path, file: _File, rule: Rule) -> Any:
-    pattern = _spell_out(name, rule, rule.patterns, file.parts or {})
+    pattern = _spell_out(f"{name}, rule {rule.name}", rule.patterns, file.parts or {})
     options = re2.Options()
     options.case_sensitive = False
     options.log_errors = False
@@ -146,19 +146,18 @@ def _compile(name: str | Path, file: _File, rule: Rule) -> Any:
         raise ConfigError(f"{name}, rule {rule.name}: not a pattern of RE2: {why}.") from None
 
 
-def _spell_out(name: str | Path, rule: Rule, lines: str, parts: Mapping[str, str]) -> str:
-    """One pattern of several lines, with its parts, and theirs: a part may hold those above it."""
+def _spell_out(where: str, lines: str, parts: Mapping[str, str], around: tuple[str, ...] = ()) -> str:
+    """One pattern of several lines, with its parts, and theirs; `around`: names of the parts that hold these lines."""
 
     def part(found: re.Match[str]) -> str:
-        if found[1] not in parts:
-            raise ConfigError(
-                f"{name}, rule {rule.name}: the file has no part {found[1]} (above the one that uses it)."
-            )
-        above = dict(list(parts.items())[: list(parts).index(found[1])])
-        return f"(?:{_spell_out(name, rule, parts[found[1]], above)})"
+        name = found[1]
+        if name not in parts:
+            raise ConfigError(f"{where}: the file has no part {name}.")
+        if name in around:
+            raise ConfigError(f"{where}: part {name} holds itself.")
+        return f"(?:{_spell_out(where, parts[name], parts, (*around, name))})"
 
-    either = "|".join(line.strip() for line in lines.splitlines() if line.strip())
-    return _PART.sub(part, either)
+    return _PART.sub(part, "|".join(line.strip() for line in lines.splitlines() if line.strip()))
 
 
 def _contradictions(rules: RuleSet) -> Iterator[str]:

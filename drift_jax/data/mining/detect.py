@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 from drift_jax.data.mining.complaint_rules import RuleSet, load_rules
 from drift_jax.data.mining.detector_config import DetectorConfig, check_detector
@@ -28,6 +28,7 @@ from drift_jax.data.mining.fired import RuleCounts
 from drift_jax.data.mining.judged import JudgeDetector
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Finds complaints; to be closed after use."""
 

@@ -296,7 +296,7 @@ def verdict_schema(turns: Sequence[int], criteria: Sequence[str]) -> dict[str, A
         "turn": {"type": "integer", "enum": list(turns)},
         "reason": {"type": "string"},
         "criteria": {"type": "array", "items": {"type": "string", "enum": list(criteria)}},
-        "strength": {"type": "integer", "minimum": 0, "maximum": 10},
+        "strength": {"type": "integer", "enum": list(range(11))},
     }
     item = {"type": "object", "properties": verdict, "required": list(verdict), "additionalProperties": False}
     verdicts = {"type": "array", "items": item, "minItems": len(turns), "maxItems": len(turns)}
