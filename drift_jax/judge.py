@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 3  # at an answer that can be used; connections have their own (`Retry`)
 _SHOWN = 200  # characters of an answer in an error
-# What servers say to a parameter that they do not know.
-_REFUSED = frozenset({400, 404, 422, 501})
+# What servers say to a parameter that they do not know; 500 is vLLM's word where its library for grammars is not there.
+_REFUSED = frozenset({400, 404, 422, 500, 501})
 
 
 @dataclass(frozen=True)

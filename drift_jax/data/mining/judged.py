@@ -35,6 +35,10 @@ from drift_jax.judge import Judge, JudgePrompt, MalformedError, Tokens, load_pro
 
 _GIVE_UP = 16  # questions in a row without an answer that say enough
 _WAITING = 1024  # conversations that are held while one before them is judged
+# Bounds of an answer where the server keeps to the schema: a small model may write on until it is cut off.
+# By length: xgrammar 0.2.8, which vLLM takes, fails on a pattern here.
+_LONGEST_REASON = 200
+_MOST_CRITERIA = 4
 _CRITERION = re.compile(r"^- ([a-z_]+): ", re.MULTILINE)
 
 Row = dict[str, Any]
@@ -294,8 +298,12 @@ def verdict_schema(turns: Sequence[int], criteria: Sequence[str]) -> dict[str, A
     """JSON Schema of an answer about these turns."""
     verdict = {
         "turn": {"type": "integer", "enum": list(turns)},
-        "reason": {"type": "string"},
-        "criteria": {"type": "array", "items": {"type": "string", "enum": list(criteria)}},
+        "reason": {"type": "string", "maxLength": _LONGEST_REASON},
+        "criteria": {
+            "type": "array",
+            "items": {"type": "string", "enum": list(criteria)},
+            "maxItems": _MOST_CRITERIA,
+        },
         "strength": {"type": "integer", "enum": list(range(11))},
     }
     item = {"type": "object", "properties": verdict, "required": list(verdict), "additionalProperties": False}
