@@ -309,6 +309,19 @@ def test_requests_are_repeated_and_every_one_waits_its_turn(tmp_path: Path) -> N
     assert (judge["calls"], judge["malformed_answers"], judge["questions_without_answer"]) == (3, 2, 0)
 
 
+def test_a_server_without_grammars_is_asked_without(tmp_path: Path) -> None:
+    """vLLM says 500 where its library for them is not installed."""
+
+    def reply(path: str, body: Any) -> Answer:
+        return (500, {"error": "no grammar"}) if "response_format" in body else good(path, body)
+
+    with serve(reply) as server:
+        detector = make(server, tmp_path / "j", judge={"concurrency": 1})
+        assert turns_of(find(detector, logs(3))) == expected(logs(3))
+        formats = ["response_format" in body for _, body in server.seen]
+    assert formats == [True] * 5 + [False] * 3
+
+
 class Clock:
     """Time that passes only in sleep."""
 
