@@ -13,10 +13,10 @@ from drift_jax.data.chosen import Candidate, check_rules, refusal
 from drift_jax.endpoint import read_api_key
 from drift_jax.errors import DataError
 from drift_jax.files import write_json, write_jsonl
+from drift_jax.journal import read_rows
 from drift_jax.records import DsatRecord, Pair, pair_to_row
 from drift_jax.stages.choose import CHOOSERS, Candidates, Choice
 from drift_jax.stages.inputs import Summary, load_dsat_split
-from drift_jax.stages.journal import read_rows
 
 DRAWN_AGAIN = "cut by length, drawn again"
 _META_KEYS = ("style", "temperature", "top_p", "top_k", "n", "max_new_tokens", "seed")
