@@ -104,6 +104,8 @@ def _progress(sources: Sequence[Source], console: Console) -> Iterator[Callable[
     total = max(1, sum(size or 0 for size in sizes) // 10**6) if in_bytes else None
     with stage_progress("mining", total, "MB" if in_bytes else "rows", console=console) as bar:
         yield _Advance(bar, in_bytes)
+        if bar.total is not None:
+            bar.advance(bar.total - bar.count)  # what is left is less than one, or was packed
 
 
 @final
@@ -155,12 +157,7 @@ class _Run:
                 for complaint in complaints:
                     yield _from_complaint(conversation, complaint)
             return
-        mined = self._labelled.mine(self._events(), self._bad.add)
-        if self._job.log_format == "ultrafeedback":
-            columns = ultrafeedback.columns(self._config.ultrafeedback)
-            mined = (
-                one for r in self._readers(columns) for one in self._scored.mine(r.source.name, r, self._bad.add)
-            )
+        mined = self._utterances() if self._job.log_format == "wildfeedback" else self._responses()
         for one in mined:
             yield self._mask_record(one) if self._config.hygiene.mask_pii else one
 
@@ -174,13 +171,17 @@ class _Run:
             about = {"name": source.name, "rows": reader.rows, "bytes": source.bytes, "sha256": reader.sha256}
             self._sources.append(about | {"revision": source.revision})
 
-    def _events(self) -> Iterator[wildfeedback.Event]:
+    def _utterances(self) -> Iterator[Mined]:
         group = None
         for reader in self._readers(wildfeedback.COLUMNS):
             if reader.source.group != group:
                 group = reader.source.group
-                yield wildfeedback.Event(reader.source.name, 0, None)
-            yield from wildfeedback.as_events(reader.source.name, reader, self._bad.add)
+                self._labelled.break_off()
+            yield from self._labelled.mine(reader.source.name, reader, self._bad.add)
+
+    def _responses(self) -> Iterator[Mined]:
+        for reader in self._readers(ultrafeedback.columns(self._config.ultrafeedback)):
+            yield from self._scored.mine(reader.source.name, reader, self._bad.add)
 
     def _conversations(self, logged: logs.Conversations) -> Iterator[Conversation]:
         for reader in self._readers(logs.columns(self._job.log_format)):
@@ -252,6 +253,8 @@ class _Run:
         if self._logged is not None and not sat:
             notes.append("The detector marks complaints only: nothing tells which replies satisfied, so there are no SAT")
             notes[-1] += " records and no seed pairs."
+        if self._found["seed"] and not files["seed.test.jsonl"]["rows"]:
+            notes.append("No seed pair is held out: leave data.seed_test out, or raise split.test_share.")
         if not sum(tally.records["dsat"].values()):
             notes.append("No DSAT record was found: the reasons in left_out say why.")
         return {

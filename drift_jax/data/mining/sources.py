@@ -6,6 +6,7 @@ whether that stops the work is for `BadRows` to say. JSON is read as RFC 8259 ha
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import orjson
 
@@ -197,7 +198,7 @@ class SourceReader:
         name = self.source.location
         stream: Any = file
         if name.endswith(".gz"):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=file), _BUFFER)  # pyright: ignore[reportArgumentType]
+            stream = io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=file)), _BUFFER)
             name = name.removesuffix(".gz")
         last = 0
         try:
@@ -240,19 +241,35 @@ class SourceReader:
 class _Watched(io.RawIOBase):
     """A file whose bytes are shown to `watch` as they are read."""
 
-    def __init__(self, raw: IO[bytes], watch: Callable[[memoryview], None]) -> None:
+    def __init__(self, raw: io.RawIOBase, watch: Callable[[memoryview], None]) -> None:
         self._raw, self._watch = raw, watch
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._raw.readinto(buffer)  # pyright: ignore[reportAttributeAccessIssue]
+        count = self._raw.readinto(buffer)
         self._watch(memoryview(buffer)[:count])
         return count
 
 
-def _jsonl_rows(file: IO[bytes]) -> Iterator[Numbered]:
+@final
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds, handed out as soon as it is unpacked: where the file is cut off, all before is kept."""
+
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _jsonl_rows(file: io.BufferedReader) -> Iterator[Numbered]:
     """Rows are numbered by line; blank lines are passed over."""
     loads = orjson.loads
     number = 0
@@ -270,7 +287,7 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Numbered]:
         yield number, row if type(row) is dict else BadRow(f"a row must be a JSON object, found {_kind(row)}")
 
 
-def _not_json(error: ValueError, line: bytes, file: IO[bytes]) -> str:
+def _not_json(error: ValueError, line: bytes, file: io.BufferedReader) -> str:
     if line.endswith(b"\n"):
         return f"not JSON: {error}"
     if len(line) < _LONGEST_ROW:
@@ -280,11 +297,10 @@ def _not_json(error: ValueError, line: bytes, file: IO[bytes]) -> str:
     return f"longer than {_LONGEST_ROW >> 20} MiB"
 
 
-def _array_rows(file: IO[bytes]) -> Iterator[Numbered]:
+def _array_rows(file: io.BufferedReader) -> Iterator[Numbered]:
     """The elements of one JSON array. Behind one that is not JSON nothing can be read."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # pyright: ignore[reportArgumentType]
     scanner = json.JSONDecoder()
-    pending = _Pending(text)
+    pending = _Pending(file)
     number = 0
     try:
         pending.skip("[")
@@ -309,8 +325,9 @@ def _array_rows(file: IO[bytes]) -> Iterator[Numbered]:
 class _Pending:
     """The text of an array that was read and not yet taken; grows by the element that is being looked for."""
 
-    def __init__(self, file: IO[str]) -> None:
+    def __init__(self, file: io.BufferedReader) -> None:
         self._file, self._text, self._at, self._ended = file, "", 0, False
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def peek(self) -> str:
         """The next sign that is no white space; empty at the end of the file."""
@@ -347,13 +364,13 @@ class _Pending:
         return error.pos >= len(self._text) - 1 or error.msg.startswith("Unterminated")
 
     def _more(self, size: int) -> bool:
-        block = "" if self._ended else self._file.read(size)
-        self._ended = not block
-        self._text, self._at = self._text[self._at :] + block, 0
-        return bool(block)
+        data = b"" if self._ended else self._file.read1(size)
+        self._text, self._at = self._text[self._at :] + self._decoder.decode(data, final=not data), 0
+        self._ended = not data
+        return not self._ended
 
 
-def _csv_rows(file: IO[bytes]) -> Iterator[Numbered]:
+def _csv_rows(file: io.BufferedReader) -> Iterator[Numbered]:
     """Rows are numbered without the header. Empty cells are None; cells of lists and objects hold JSON."""
     csv.field_size_limit(_LONGEST_ROW)
     rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)  # pyright: ignore

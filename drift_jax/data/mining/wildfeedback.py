@@ -9,13 +9,14 @@ are counted under the reason, and so are labels whose rule (config section `wild
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from drift_jax.data.mining.config import ModerationRules, WildFeedbackRules
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.sources import BadRow, Row
+from drift_jax.data.mining.sources import BadRow, Numbered, Row
 from drift_jax.records import Message
 
 # As published, spelling included.
@@ -50,14 +51,6 @@ _ROLES = {"User": "user", "Agent": "assistant"}
 _BOOLEANS = {True: True, False: False, "true": True, "false": False, "": None, "nan": None, "none": None, "null": None}
 
 
-class Event(NamedTuple):
-    """A row of a source; None in its place where a row was left out, or where the shards of another input begin."""
-
-    source: str
-    number: int
-    row: Row | None
-
-
 class Label(NamedTuple):
     """Which of the two labels of a row are true."""
 
@@ -75,32 +68,34 @@ class LabelledConversations:
         self._rules, self._moderation = rules, moderation
         self._start_conversation("", GAP)
 
-    def mine(self, events: Iterable[Event], refuse: Refuse) -> Iterator[Mined]:
-        """Records, in the order of the rows that give the feedback; rows that break the format go to `refuse`."""
-        for source, number, row in events:
-            if row is None:
-                self._break_off()
-                continue
+    def mine(self, source: str, rows: Iterable[Numbered], refuse: Refuse) -> Iterator[Mined]:
+        """Records, in the order of the rows that give the feedback; rows that break the format go to `refuse`.
+
+        A conversation goes on from one source to the next, as shards have it, unless `break_off` is called in between.
+        """
+        for number, row in rows:
             try:
+                if type(row) is BadRow:
+                    raise ValueError(row.why)
                 label = self._add(source, number, row)
             except ValueError as error:
                 refuse(source, number, str(error))
-                self._break_off()
+                self.break_off()
                 continue
             if label is not None:
                 yield from self._judge(f"{source}:{number}", label, row)
 
-    def _start_conversation(self, name: str, trouble: str) -> None:
-        self._name = name
-        self._turns: list[Message] = []
-        self._trouble = trouble  # why no record can be made from here on
-        self._role = self._role_before = ""  # of the last row and of the one before it; empty: there is none
-        self._complaint: tuple[int, Mined] | None = None  # the last DSAT record, and how many turns there were
-
-    def _break_off(self) -> None:
+    def break_off(self) -> None:
         """A row is missing here. Whose it was is not known: it may have been the first of another conversation."""
         self._trouble = self._trouble or GAP
         self._role = ""
+
+    def _start_conversation(self, name: str, trouble: str) -> None:
+        self._name = name
+        self._turns: list[str] = []  # from user to agent in turn
+        self._trouble = trouble  # why no record can be made from here on
+        self._role = self._role_before = ""  # of the last row and of the one before it; empty: there is none
+        self._complaint: tuple[int, Mined] | None = None  # the last DSAT record, and how many turns there were
 
     def _add(self, source: str, number: int, row: Row) -> Label | None:
         """Takes a row into the conversation; its labels if one is true. Raises `ValueError` for a broken row."""
@@ -117,28 +112,29 @@ class LabelledConversations:
             raise ValueError(f"Content must be a string, found {content!r:.80}")
         dsat, sat = row.get("Disatisfaction"), row.get("Satisfaction")
         if type(dsat) is not bool or type(sat) is not bool:
-            dsat, sat = self._boolean("Disatisfaction", dsat, role), self._boolean("Satisfaction", sat, role)
+            if role == "assistant" and dsat is None and sat is None:  # as it should be
+                dsat = sat = False
+            else:
+                dsat, sat = self._boolean("Disatisfaction", dsat, role), self._boolean("Satisfaction", sat, role)
         if place == 0:
             self.conversations += 1
             self._start_conversation(f"{source}:{number}", "")
         self._role_before, self._role = self._role, role
         if not self._trouble:
-            self._trouble = self._find_trouble(place, role, content, row)
-        if not self._trouble:
-            self._turns.append(Message(role, content))
+            if place != len(self._turns):
+                self._trouble = GAP
+            elif role != ("assistant" if place & 1 else "user"):
+                self._trouble = TURNS
+            elif not content or content.isspace():
+                self._trouble = EMPTY
+            elif (row.get("toxic") or row.get("redacted")) and self._flag(row):
+                self._trouble = self._flag(row)
+            else:
+                self._turns.append(content)
         return Label(dsat, sat) if dsat or sat else None
 
-    def _find_trouble(self, place: int, role: str, content: str, row: Row) -> str:
-        if place != len(self._turns):
-            return GAP
-        if role != ("assistant" if place % 2 else "user"):
-            return TURNS
-        if not content.strip():
-            return EMPTY
-        for flag in ("toxic", "redacted"):
-            if row.get(flag) and getattr(self._moderation, flag) == "drop":
-                return flag
-        return ""
+    def _flag(self, row: Row) -> str:
+        return next((f for f in ("toxic", "redacted") if row.get(f) and getattr(self._moderation, f) == "drop"), "")
 
     def _judge(self, name: str, label: Label, row: Row) -> Iterator[Mined]:
         """What the labels of the row that was added last say about the rows before it."""
@@ -148,23 +144,21 @@ class LabelledConversations:
         held, reason = self._resolve(label), self._why_not(row)
         if reason:
             for kind, holds in zip(("dsat", "sat"), held, strict=True):
-                self.left_out[f"{kind}: {reason}"] += holds
+                self.left_out.update([f"{kind}: {reason}"] * holds)
             return
-        *prompt, reply, feedback = self._turns
+        *before, reply, feedback = self._turns
+        prompt = tuple(Message(role, text) for role, text in zip(itertools.cycle(_ROLES.values()), before))
         if held.dsat:
-            evidence = _evidence(row, "dsat", label)
-            found = Mined(
-                "dsat", name, self._name, tuple(prompt), reply.content, feedback.content, evidence=evidence
-            )
+            found = Mined("dsat", name, self._name, prompt, reply, feedback, evidence=_evidence(row, "dsat", label))
             self._complaint = len(self._turns), found
             yield found
         if held.sat:
             evidence = _evidence(row, "sat", label)
-            yield Mined("sat", name, self._name, tuple(prompt), reply.content, feedback.content, evidence=evidence)
+            yield Mined("sat", name, self._name, prompt, reply, feedback, evidence=evidence)
             turns, first = self._complaint or (0, None)
             if first is not None and turns == len(self._turns) - 2:
                 evidence = {"complaint": first.evidence, "satisfied": evidence}
-                yield dataclasses.replace(first, kind="seed", id=name, revised=reply.content, evidence=evidence)
+                yield dataclasses.replace(first, kind="seed", id=name, revised=reply, evidence=evidence)
 
     def _resolve(self, label: Label) -> Label:
         """Counts the labels of a user row, and says which of them hold."""
@@ -175,7 +169,7 @@ class LabelledConversations:
         self.labels["both"] += 1
         held = self._rules.both_labels
         for kind in ("dsat", "sat"):
-            self.left_out[f"{kind}: {BOTH}"] += held != kind
+            self.left_out.update([f"{kind}: {BOTH}"] * (held != kind))
         return Label(held == "dsat", held == "sat")
 
     def _why_not(self, row: Row) -> str:
@@ -222,13 +216,3 @@ def _evidence(row: Row, kind: str, label: Label) -> dict[str, Any]:
     if isinstance(row.get(reasons), str) and row[reasons].strip():
         evidence["justification"] = row[reasons]
     return evidence
-
-
-def as_events(source: str, rows: Iterable[tuple[int, Row | BadRow]], refuse: Refuse) -> Iterator[Event]:
-    """Rows as `LabelledConversations` takes them; bad ones go to `refuse`."""
-    for number, row in rows:
-        if isinstance(row, BadRow):
-            refuse(source, number, row.why)
-            yield Event(source, number, None)
-        else:
-            yield Event(source, number, row)
