@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mb", type=float, help="stop after so many megabytes")
     parser.add_argument("--conversations", type=int, help="stop after so many conversations")
-    parser.add_argument("--kb", type=float, default=18.0, help="of a conversation, at least; published: 1.6 GB / 88,920")
+    parser.add_argument("--kb", type=float, default=7.0, help="of a conversation, at least; most are longer")
     parser.add_argument("--format", choices=("wildfeedback", "sharegpt", "wildchat"), default="wildfeedback")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

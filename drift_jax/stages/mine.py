@@ -219,7 +219,8 @@ class _Run:
 
     def _load(self, kind: str, number: int) -> tuple[str, Row, str]:
         self._spool.seek(self._starts[kind][number])
-        return orjson.loads(self._spool.readline())
+        split, row, text = orjson.loads(self._spool.readline())
+        return split, row, text
 
     # --- writing ---
 
