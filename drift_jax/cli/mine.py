@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -12,16 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from drift_jax.cli.options import OutDir, build_console, change
+from drift_jax.cli.options import OutDir, build_console
 from drift_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from drift_jax.data.mining.config import MiningConfig
 
 # Typer reads `Optional` on every version.
-Rules = Annotated[
+ConfigPath = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(metavar="FILE", help="YAML with the rules: sections wildfeedback, ultrafeedback, moderation, ..."),
+    typer.Option("--config", metavar="FILE", help="YAML with the rules: sections wildfeedback, hygiene, split, ..."),
+]
+Rules = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--rules", metavar="NAME|FILE", help="Patterns of complaints, such as en_v1. Repeatable."),
 ]
 Changes = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -37,7 +42,7 @@ DetectorName = Annotated[
 ]
 JudgeFile = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(metavar="FILE", help="YAML with a section judge; replaces that of --rules."),
+    typer.Option(metavar="FILE", help="YAML with a section judge, as in a CONFIG of a run."),
 ]
 
 
@@ -52,10 +57,12 @@ def mine(
     log_format: LogFormat,
     out: OutDir,
     detector: DetectorName = None,
+    rules: Rules = None,
     judge_config: JudgeFile = None,
     judge_url: Annotated[Optional[str], typer.Option(help="Its server, with /v1; replaces judge.base_url.")] = None,  # noqa: UP045
     judge_model: Annotated[Optional[str], typer.Option(help="As that names it; replaces judge.model.")] = None,  # noqa: UP045
-    rules: Rules = None,
+    requests_per_minute: Annotated[Optional[float], typer.Option(help="To the judge, at most.")] = None,  # noqa: UP045
+    config_path: ConfigPath = None,
     changes: Changes = None,
     mask_pii: Annotated[bool, typer.Option("--mask-pii", help="Mask e-mail addresses, phone numbers, ...")] = False,
     license: Annotated[
@@ -77,9 +84,11 @@ def mine(
     from drift_jax.stages.mine import LABELLED, MineJob, mine_stage
 
     leave_accelerator()
-    config = _load_rules(rules, judge_config, judge_url, judge_model, mask_pii, changes)
-    if log_format in LABELLED and detector is not None:
-        raise ConfigError(f"--detector {detector}: format {log_format} has labels of its own. Leave it out.")
+    settings = {"kind": detector, "rules": rules, "requests_per_minute": requests_per_minute}
+    settings |= _judge_settings(judge_config, judge_url, judge_model)
+    config = _load_config(config_path, settings, mask_pii, changes)
+    if log_format in LABELLED and config.detector:
+        raise ConfigError(f"a detector is not for format {log_format}, which has labels of its own. Leave it out.")
     if log_format == "wildfeedback":
         subset = subset or "sat_dsat_annotation"
     sources = tuple(find_sources(inputs, subset, split, revision))
@@ -89,47 +98,41 @@ def mine(
         if log_format in LABELLED:
             stats = mine_stage(job, config, console)
         else:
-            built = _build_detector(detector or "rules", config, out)
-            stats = mine_stage(job, config, console, built.find, built.stats)
+            with contextlib.closing(_build_detector(config, out)) as built:
+                stats = mine_stage(job, config, console, built)
     _print_summary(stats, out, console)
 
 
-def _load_rules(
-    rules: Path | None,
-    judge_file: Path | None,
-    judge_url: str | None,
-    judge_model: str | None,
-    mask_pii: bool,
-    changes: list[str] | None,
-) -> MiningConfig:
-    from drift_jax.data.mining.config import load_mining_config
+def _judge_settings(path: Path | None, url: str | None, model: str | None) -> dict[str, Any]:
     from drift_jax.yaml_files import read_yaml
 
-    more: list[str] = []
-    if judge_file is not None:
-        section = read_yaml(judge_file).get("judge")
-        if not isinstance(section, dict):
-            raise ConfigError(f"{judge_file} has no section judge, such as `judge: {{base_url: ..., model: ...}}`.")
-        more.append(f"judge={json.dumps(section)}")
-    if judge_url is not None:
-        more.append(change("judge.base_url", judge_url))
-    if judge_model is not None:
-        more.append(change("judge.model", judge_model))
+    judge: Any = {}
+    if path is not None:
+        judge = read_yaml(path).get("judge")
+        if not isinstance(judge, dict):
+            raise ConfigError(f"{path} has no section judge, such as `judge: {{base_url: ..., model: ...}}`.")
+    judge |= {key: value for key, value in (("base_url", url), ("model", model)) if value is not None}
+    return {f"judge.{key}": value for key, value in judge.items()}
+
+
+def _load_config(
+    path: Path | None, settings: dict[str, Any], mask_pii: bool, changes: list[str] | None
+) -> MiningConfig:
+    from drift_jax.data.mining.config import load_mining_config
+
+    more = [f"detector.{key}={json.dumps(value)}" for key, value in settings.items() if value]
     if mask_pii:
         more.append("hygiene.mask_pii=true")
-    return load_mining_config(rules, [*more, *(changes or [])])
+    return load_mining_config(path, [*more, *(changes or [])])
 
 
-def _build_detector(name: str, config: MiningConfig, out: Path) -> Any:
-    """The detector; a judge's verdicts are kept beside the files, so that nothing is asked twice."""
-    from drift_jax.data.mining.detect import DetectorConfig, build_detector
+def _build_detector(config: MiningConfig, out: Path) -> Any:
+    """The detector; a judge's answers are kept beside the files, so that nothing is asked twice."""
+    from drift_jax.data.mining.config import validate
+    from drift_jax.data.mining.detect import build_detector
+    from drift_jax.data.mining.detector_config import DetectorConfig
 
-    if name != "rules" and not (config.judge.base_url and config.judge.model):
-        raise ConfigError(
-            f"--detector {name} asks a model: name its server and model with --judge-url and --judge-model, or in a "
-            "section judge of --judge-config."
-        )
-    return build_detector(DetectorConfig(name, judge=config.judge), out / "verdicts.jsonl")
+    return build_detector(validate(DetectorConfig, config.detector, "detector"), out / "judge.jsonl")
 
 
 def _print_summary(stats: dict[str, Any], out: Path, console: Console) -> None:

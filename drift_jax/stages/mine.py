@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, final
+from typing import IO, Any, Protocol, final, runtime_checkable
 
 import orjson
 from rich.console import Console
@@ -35,9 +35,19 @@ from drift_jax.files import atomic_writer, write_json
 from drift_jax.progress import StageProgress, stage_progress
 from drift_jax.records import Message, Row
 
-Find = Callable[[Iterable[Conversation]], Iterator[tuple[Conversation, list[Complaint]]]]
 LABELLED = ("wildfeedback", "ultrafeedback")
 FILES = ("dsat.jsonl", "sat.jsonl", "seed.train.jsonl", "seed.test.jsonl")
+
+
+@runtime_checkable
+class Finder(Protocol):
+    """What mining asks of a detector (`drift_jax/data/mining/detect.py`)."""
+
+    def find(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Complaint]]]: ...
+
+    def stats(self) -> dict[str, Any]: ...
+
+    def status(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -52,35 +62,30 @@ class MineJob:
 
 
 def mine_stage(
-    job: MineJob,
-    config: MiningConfig,
-    console: Console,
-    find: Find | None = None,
-    detector: Callable[[], Mapping[str, Any]] = dict,
+    job: MineJob, config: MiningConfig, console: Console, detector: Finder | None = None
 ) -> dict[str, Any]:
     """Writes everything into `job.out_dir`, the same bytes for the same input, and returns what stats.json holds.
 
     Args:
-      find: marks the complaints in unlabelled conversations; formats with labels do without.
-      detector: what the detector has counted, when all is read.
+      detector: marks the complaints in logs without labels; formats with labels do without.
 
     Raises:
       BadRowsError: rows cannot be used, under `stop`.
       DataError: the input cannot be read, or holds no row.
     """
-    if find is None and job.log_format not in LABELLED:
-        raise DataError(f"format {job.log_format} has no labels: a detector must find the complaints.")
+    if (detector is None) != (job.log_format in LABELLED):
+        raise DataError(f"format {job.log_format}: a detector is for logs without labels, and those need one.")
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    with _spool(job.out_dir) as spool, _progress(job.sources, console) as advance:
+    with _spool(job.out_dir) as spool, _progress(job.sources, console, detector) as advance:
         run = _Run(job, config, spool, advance)
-        for mined in run.read(find):
+        for mined in run.read(detector):
             run.keep(mined)
         run.drop_near_duplicates()
         if not run.rows:
             raise DataError(f"{', '.join(s.location for s in job.sources)}: there is no row to mine.")
         tally = Tally(config.split.seed)
         files = {name: run.write(name, tally) for name in FILES}
-    stats = run.stats(tally, files, dict(detector()))
+    stats = run.stats(tally, files, detector.stats() if detector else {})
     with atomic_writer(job.out_dir / "mined.html") as page:
         page.write(render_page(stats, tally.examples))
     with atomic_writer(job.out_dir / "README.md") as card:
@@ -97,13 +102,15 @@ def _spool(directory: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _progress(sources: Sequence[Source], console: Console) -> Iterator[Callable[[Source, int], None]]:
+def _progress(
+    sources: Sequence[Source], console: Console, detector: Finder | None
+) -> Iterator[Callable[[Source, int], None]]:
     """Shows megabytes of files, or rows where a dataset is among the sources; takes a source and what came of it."""
     sizes = [source.bytes for source in sources]
     in_bytes = all(size is not None for size in sizes)
     total = max(1, sum(size or 0 for size in sizes) // 10**6) if in_bytes else None
     with stage_progress("mining", total, "MB" if in_bytes else "rows", console=console) as bar:
-        yield _Advance(bar, in_bytes)
+        yield _Advance(bar, in_bytes, detector)
         if bar.total is not None:
             bar.advance(bar.total - bar.count)  # what is left is less than one, or was packed
 
@@ -112,8 +119,9 @@ def _progress(sources: Sequence[Source], console: Console) -> Iterator[Callable[
 class _Advance:
     """Passes whole megabytes on, or rows in hundreds."""
 
-    def __init__(self, bar: StageProgress, in_bytes: bool) -> None:
-        self._bar, self._in_bytes, self._gone, self._step = bar, in_bytes, 0, 10**6 if in_bytes else 100
+    def __init__(self, bar: StageProgress, in_bytes: bool, detector: Finder | None) -> None:
+        self._bar, self._in_bytes, self._detector = bar, in_bytes, detector
+        self._gone, self._step = 0, 10**6 if in_bytes else 100
 
     def __call__(self, source: Source, count: int) -> None:
         if self._in_bytes == (source.kind == "file"):
@@ -121,7 +129,8 @@ class _Advance:
         steps, self._gone = divmod(self._gone, self._step)
         if steps:
             count = steps if self._in_bytes else steps * self._step
-            self._bar.advance(count if self._bar.total is None else min(count, self._bar.total - self._bar.count))
+            count = count if self._bar.total is None else min(count, self._bar.total - self._bar.count)
+            self._bar.advance(count, self._detector.status() if self._detector else None)
 
 
 @final
@@ -150,10 +159,10 @@ class _Run:
 
     # --- reading ---
 
-    def read(self, find: Find | None) -> Iterator[Mined]:
+    def read(self, detector: Finder | None) -> Iterator[Mined]:
         """All that is found, in the order of the input."""
-        if self._logged is not None and find is not None:
-            for conversation, complaints in find(self._conversations(self._logged)):
+        if self._logged is not None and detector is not None:
+            for conversation, complaints in detector.find(self._conversations(self._logged)):
                 for complaint in complaints:
                     yield _from_complaint(conversation, complaint)
             return
@@ -248,7 +257,7 @@ class _Run:
         config = dataclasses.asdict(self._config)
         about = self._about_input()
         if self._logged is None:
-            config.pop("judge")
+            config.pop("detector")
         sat = sum(tally.records["sat"].values())
         notes = []
         if self._logged is not None and not sat:

@@ -167,7 +167,7 @@ def test_conversations_that_begin_alike_are_on_one_side() -> None:
         ("split.test_share=2", "split.test_share"),
         ("wildfeedback.both_labels=some", "wildfeedback.both_labels"),
         ("hygiene.min_reply=40000", "hygiene.min_reply (40000) is more than hygiene.max_reply (32000)"),
-        ("nothing=1", "The sections are wildfeedback, ultrafeedback, moderation, hygiene, split, judge"),
+        ("nothing=1", "The keys are wildfeedback, ultrafeedback, moderation, hygiene, split, detector"),
     ],
 )
 def test_impossible_rules(override: str, message: str) -> None:

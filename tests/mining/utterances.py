@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import ConfigDict
 
 from drift_jax.config import JudgeConfig
 from drift_jax.data.mining.dialogue import Complaint, Conversation
@@ -47,8 +48,14 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StubConfig:
-    name: str
-    judge: JudgeConfig
+    """The keys that the command line knows of."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["rules", "judge", "both"] = "rules"
+    rules: tuple[str, ...] = ("stub",)
+    requests_per_minute: float | None = None
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 class StubDetector:
@@ -67,11 +74,18 @@ class StubDetector:
     def stats(self) -> dict[str, Any]:
         return {"complaints": self.count}
 
+    def status(self) -> str:
+        return f"{self.count} complaints"
+
+    def close(self) -> None:
+        pass
+
 
 @pytest.fixture()
 def stub_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     """`drift mine` finds this detector where the real ones are looked for."""
-    module = ModuleType("drift_jax.data.mining.detect")
-    module.DetectorConfig = StubConfig  # pyright: ignore[reportAttributeAccessIssue]
-    module.build_detector = lambda config, journal: StubDetector()  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = {"DetectorConfig": StubConfig, "build_detector": lambda config, journal: StubDetector()}
+    for name in ("detect", "detector_config"):
+        module = ModuleType(f"drift_jax.data.mining.{name}")
+        vars(module).update(names)
+        monkeypatch.setitem(sys.modules, module.__name__, module)

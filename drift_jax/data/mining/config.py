@@ -9,15 +9,16 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from drift_jax.config import JudgeConfig, NonNegativeInt, PositiveInt, Share, apply_override
+from drift_jax.config import NonNegativeInt, PositiveInt, Share, apply_override
 from drift_jax.errors import ConfigError
 from drift_jax.yaml_files import read_yaml
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
+ConfigT = TypeVar("ConfigT")
 Format = Literal["wildfeedback", "wildchat", "messages", "sharegpt", "ultrafeedback"]
 FieldPath = Annotated[str, Field(min_length=1)]  # a key, or keys joined by dots
 
@@ -97,7 +98,7 @@ class MiningConfig:
     moderation: ModerationRules = field(default_factory=ModerationRules)
     hygiene: HygieneRules = field(default_factory=HygieneRules)
     split: SplitRules = field(default_factory=SplitRules)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    detector: dict[str, Any] = field(default_factory=dict)  # keys of `DetectorConfig`, for logs without labels
 
 
 def load_mining_config(path: Path | None, overrides: tuple[str, ...] | list[str] = ()) -> MiningConfig:
@@ -109,12 +110,7 @@ def load_mining_config(path: Path | None, overrides: tuple[str, ...] | list[str]
     raw: dict[str, Any] = {} if path is None else read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
-    try:
-        config = TypeAdapter(MiningConfig).validate_json(json.dumps(raw, default=str), strict=True)
-    except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}." for e in error.errors()]
-        keys = ", ".join(f.name for f in dataclasses.fields(MiningConfig))
-        raise ConfigError(f"{path or 'rules'}:\n" + "\n".join(lines) + f"\nThe sections are {keys}.") from None
+    config = validate(MiningConfig, raw, str(path or "rules"))
     hygiene = config.hygiene
     for least, most in (("min_complaint", "max_complaint"), ("min_reply", "max_reply")):
         if getattr(hygiene, least) > getattr(hygiene, most):
@@ -123,3 +119,13 @@ def load_mining_config(path: Path | None, overrides: tuple[str, ...] | list[str]
                 f"({getattr(hygiene, most)}): no record could stay. Lower the first or raise the second."
             )
     return config
+
+
+def validate(kind: type[ConfigT], raw: dict[str, Any], source: str) -> ConfigT:
+    """Plain values -> a dataclass. Raises `ConfigError` naming every offending key at once."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}." for e in error.errors()]
+        keys = ", ".join(f.name for f in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
+        raise ConfigError(f"{source}:\n" + "\n".join(lines) + f"\nThe keys are {keys}.") from None
