@@ -126,7 +126,7 @@ def _inspect_rows(
             if why:
                 problems.append((number, why))
             else:
-                keys.update(row)
+                keys.update(list(row))
     if not total:
         raise DataError(f"{path} is empty: at least one row is needed.")
     if problems and (on_bad_row == "error" or len(problems) == total):
@@ -154,7 +154,7 @@ def _describe(
     for prompt, parts, extra in records:
         count += 1
         turns[sum(message.role == "user" for message in prompt)] += 1
-        keys.update(extra)
+        keys.update(list(extra))
         for name, size in ("prompt", sum(len(m.content) for m in prompt)), *((n, len(t)) for n, t in parts.items()):
             lengths.setdefault(name, []).append(size)
         for name, value in (extra | extra.get("meta", {})).items():
