@@ -2,12 +2,12 @@
 
     python scripts/make_wildfeedback.py --source ../shared/data/dsat_real.jsonl --out wf.jsonl --mb 1600
 
-One row an utterance, in the published column names, spelling included. Conversations are strung together from those of
-the source, with their sentences shuffled and a tenth of the words exchanged, so that they differ from each other. Labels
-come as often as in the published data (12 % of the conversations DSAT, 5 % SAT, one in two hundred both), and so do its
-quirks: missing booleans, both labels, a complaint as first row, a missing agent row, `Preceeding` that is not YES, empty
-content; one conversation in a hundred is a copy of another one. The same seed writes the same bytes. --format sharegpt or
-wildchat writes conversations of those shapes instead, as many as --conversations says.
+One row an utterance, in the published column names, spelling included. Conversations are strung together from those
+of the source, with their sentences shuffled and a tenth of the words exchanged, so that they differ from each other.
+Labels come as often as in the published data (12 % of the conversations DSAT, 5 % SAT, one in two hundred both), and so
+do quirks: missing booleans, both labels, a complaint as first row, a missing agent row, `Preceeding` that is not YES,
+empty content; one conversation in a hundred is a copy of another one. The same seed writes the same bytes. With
+--format sharegpt or wildchat conversations of those shapes are written, as many as --conversations says.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path("../shared/data/dsat_real.jsonl"), help="JSONL of DSAT rows")
+    parser.add_argument(
+        "--source", type=Path, default=Path("../shared/data/dsat_real.jsonl"), help="JSONL of DSAT rows"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mb", type=float, help="stop after so many megabytes")
     parser.add_argument("--conversations", type=int, help="stop after so many conversations")

@@ -20,7 +20,9 @@ _MOST_REASONS = 20
 
 @data_app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL of records, pairs or completions, JSON, or YAML.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL of records, pairs or completions, JSON, or YAML.")
+    ],
     on_bad_row: OnBadRow = None,
 ) -> None:
     """Validate a file of ours, every row of it, and say what is in it."""
@@ -32,7 +34,8 @@ def inspect(
 @data_app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Folder with pairs (ours, or of TRL), dataset on disk, or JSONL file.")
+        Path,
+        typer.Argument(metavar="SOURCE", help="Folder with pairs (ours, or of TRL), dataset on disk, or JSONL file."),
     ],
     out: OutDir,
     to: Annotated[
@@ -55,7 +58,9 @@ def _print_inspection(found: Inspection, file: Path, console: Console) -> None:
     for part, (least, median, most) in (found.lengths or {}).items():
         lines.append(f"  {part}: {least:,} to {most:,} characters, median {median:,}")
     if found.turns:
-        lines.append("  user turns of a prompt: " + ", ".join(f"{turn}: {rows:,}" for turn, rows in found.turns.items()))
+        lines.append(
+            "  user turns of a prompt: " + ", ".join(f"{turn}: {rows:,}" for turn, rows in found.turns.items())
+        )
     if found.keys:
         lines.append("  keys: " + ", ".join(f"{key} ({rows:,})" for key, rows in found.keys.items()))
     for key, counts in (found.values or {}).items():

@@ -152,7 +152,8 @@ def _print_summary(stats: dict[str, Any], out: Path, console: Console) -> None:
     for note in stats["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(
-        Text(f"Look at {out / 'mined.html'}; use it with data.dsat: {out / 'dsat.jsonl'}, data.test_rows: ")
-        .append(str(stats["test_rows"])),
+        Text(f"Look at {out / 'mined.html'}; use it with data.dsat: {out / 'dsat.jsonl'}, data.test_rows: ").append(
+            str(stats["test_rows"])
+        ),
         soft_wrap=True,
     )

@@ -4,7 +4,7 @@
     handbook   train.jsonl, test.jsonl: what `datasets.load_dataset(FOLDER)` and both of them read
     disk       a `datasets` directory, as `save_to_disk` writes it
 
-A row is `prompt`, `chosen`, `rejected` as lists of messages in all three; whole dialogues are read too (`data/mixer.py`).
+A row is `prompt`, `chosen`, `rejected` as lists of messages in all three; whole dialogues are read too (`mixer.py`).
 Ours and `handbook` keep `meta` as it is; a table has one type a column, so `disk` keeps it as JSON text.
 """
 
@@ -58,8 +58,11 @@ def convert_pairs(source: Path, out: Path, form: Form, on_bad_row: OnBadRow = "e
         raise StageError(f"{out} is there already. Give another directory, or remove it.")
     out.mkdir(parents=True, exist_ok=True)
     if form == "disk":
-        tables = {split: datasets.Dataset.from_list(list(_table_rows(pairs))) for split, (pairs, _) in read.items() if pairs}
-        datasets.DatasetDict(tables).save_to_disk(str(out))
+        tables = datasets.DatasetDict()
+        for split, (pairs, _) in read.items():
+            if pairs:
+                tables[split] = datasets.Dataset.from_list(list(_table_rows(pairs)))
+        tables.save_to_disk(str(out))
         return {split: Converted(len(pairs), skipped) for split, (pairs, skipped) in read.items()}
     for split, (pairs, _) in read.items():
         path = out / _NAMES[form].format(split)
@@ -70,9 +73,7 @@ def convert_pairs(source: Path, out: Path, form: Form, on_bad_row: OnBadRow = "e
     return {split: Converted(len(pairs), skipped) for split, (pairs, skipped) in read.items()}
 
 
-def _read_split(
-    source: Path, split: str, on_bad_row: OnBadRow
-) -> tuple[tuple[Pair, ...], tuple[tuple[int, str], ...]]:
+def _read_split(source: Path, split: str, on_bad_row: OnBadRow) -> tuple[tuple[Pair, ...], tuple[tuple[int, str], ...]]:
     """The pairs of one split, held to the rules of a file of pairs; empty where the split is not there."""
     table = _open_split(source, split)
     problems: list[tuple[int, str]] = []
@@ -112,7 +113,7 @@ def _open_split(source: Path, split: str) -> Iterable[Any]:
     try:
         if (source / "dataset_dict.json").is_file():
             tables = datasets.DatasetDict.load_from_disk(str(source))
-            return tables[split] if split in tables else ()
+            return tables.get(split, ())
         if (source / "state.json").is_file():
             return datasets.Dataset.load_from_disk(str(source)) if split == "train" else ()
     except (OSError, ValueError, DatasetsError) as error:

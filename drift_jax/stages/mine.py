@@ -61,9 +61,7 @@ class MineJob:
     license: str | None = None  # of the rows; null: that of the published corpus of this format
 
 
-def mine_stage(
-    job: MineJob, config: MiningConfig, console: Console, detector: Finder | None = None
-) -> dict[str, Any]:
+def mine_stage(job: MineJob, config: MiningConfig, console: Console, detector: Finder | None = None) -> dict[str, Any]:
     """Writes everything into `job.out_dir`, the same bytes for the same input, and returns what stats.json holds.
 
     Args:
@@ -237,7 +235,7 @@ class _Run:
         """One of the files, held-out rows first, and what is to be said of it."""
         kind, _, rest = name.partition(".")
         splits = (rest.partition(".")[0],) if kind == "seed" else ("test", "train")
-        digest, rows = hashlib.sha256(), dict.fromkeys(("test", "train"), 0)
+        digest, rows = hashlib.sha256(), Counter[str]()
         with atomic_writer(self._job.out_dir / name, "wb") as file:
             for wanted in splits:
                 for number in range(len(self._starts[kind])):
@@ -254,14 +252,16 @@ class _Run:
 
     def stats(self, tally: Tally, files: Mapping[str, Any], detector: Mapping[str, Any]) -> dict[str, Any]:
         """What stats.json holds: no times, so that the same input gives the same bytes."""
-        config = dataclasses.asdict(self._config)
+        config = dataclasses.asdict(self._config) | {"detector": _public(self._config.detector)}
         about = self._about_input()
         if self._logged is None:
             config.pop("detector")
         sat = sum(tally.records["sat"].values())
         notes = []
         if self._logged is not None and not sat:
-            notes.append("The detector marks complaints only: nothing tells which replies satisfied, so there are no SAT")
+            notes.append(
+                "The detector marks complaints only: nothing tells which replies satisfied, so there are no SAT"
+            )
             notes[-1] += " records and no seed pairs."
         if self._found["seed"] and not files["seed.test.jsonl"]["rows"]:
             notes.append("No seed pair is held out: leave data.seed_test out, or raise split.test_share.")
@@ -332,3 +332,15 @@ def _mask_json(value: Any, counts: Counter[str]) -> Any:
 def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
     """Without zeros, in the order of the alphabet."""
     return {key: counts[key] for key in sorted(counts) if counts[key]}
+
+
+def _public(detector: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a detector without addresses, paths and what shapes no result: the data card is for others."""
+    hidden = ("base_url", "api_key_env", "timeout_s", "concurrency")
+    shown = dict(detector)
+    if isinstance(shown.get("judge"), dict):
+        shown["judge"] = {key: value for key, value in shown["judge"].items() if key not in hidden}
+    if isinstance(shown.get("rules"), (list, tuple)):
+        shown["rules"] = [Path(str(name)).name for name in shown["rules"]]
+    shown.pop("requests_per_minute", None)
+    return shown

@@ -16,8 +16,12 @@ from drift_jax.data.mining.pii import mask
 from drift_jax.errors import ConfigError
 from drift_jax.records import Message
 
-GERMAN = "Das ist leider überhaupt nicht, was ich wissen wollte: Bitte erkläre mir, wie man Reis kocht, ohne dass er klebt."
-ENGLISH = "That is not at all what I wanted to know: please tell me how to cook rice so that it does not stick together."
+GERMAN = (
+    "Das ist leider überhaupt nicht, was ich wissen wollte: Bitte erkläre mir, wie man Reis kocht, ohne dass er klebt."
+)
+ENGLISH = (
+    "That is not at all what I wanted to know: please tell me how to cook rice so that it does not stick together."
+)
 WORDS = [f"word{i}" for i in range(500)]
 
 

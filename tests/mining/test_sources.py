@@ -21,7 +21,9 @@ LINES = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in
 
 
 def read(path: Path, columns: tuple[str, ...] = ("Content", "UtteranceId")) -> list[tuple[int, Any]]:
-    return [numbered for source in find_sources([str(path)]) for numbered in SourceReader(source, columns, lambda _: None)]
+    return [
+        numbered for source in find_sources([str(path)]) for numbered in SourceReader(source, columns, lambda _: None)
+    ]
 
 
 def good(found: list[tuple[int, Any]]) -> list[Any]:
@@ -48,7 +50,7 @@ def write_all(directory: Path) -> None:
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     write_all(tmp_path)
-    for path in sorted(tmp_path.glob("*.*")) + [tmp_path / "disk"]:
+    for path in [*sorted(tmp_path.glob("*.*")), tmp_path / "disk"]:
         rows = [(number, row | {"UtteranceId": int(row["UtteranceId"])}) for number, row in read(path)]
         assert rows == list(enumerate(ROWS, start=1)), path.name
 

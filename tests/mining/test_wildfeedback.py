@@ -85,9 +85,7 @@ def test_the_parts_of_a_record() -> None:
     assert (seed.id, seed.conversation, seed.turn) == ("f:41", "f:35", 3)
 
 
-@pytest.mark.parametrize(
-    ("both", "dsat", "sat"), [("dsat", [3], []), ("sat", [], [3]), ("neither", [], [])]
-)
+@pytest.mark.parametrize(("both", "dsat", "sat"), [("dsat", [3], []), ("sat", [], [3]), ("neither", [], [])])
 def test_the_rule_for_both_labels(both: str, dsat: list[int], sat: list[int]) -> None:
     rows = [user(0, "a"), agent(1, "b"), user(2, "c", dsat=True, sat=True)]
     mined, reader, _ = mine(rows, both_labels=both)

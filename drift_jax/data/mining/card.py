@@ -55,7 +55,8 @@ Made by `drift mine --format {{ stats.format }}`. The same input and rules give 
 | name | rows | revision | sha256 of the file |
 |---|---:|---|---|
 {% for source in stats.sources %}
-| {{ source.name | code }} | {{ source.rows }} | {{ (source.revision or '-') | code }} | {{ (source.sha256 or '-') | code }} |
+| {{ source.name | code }} | {{ source.rows }} | {{ (source.revision or '-') | code }} |
+{{- ' ' }}{{ (source.sha256 or '-') | code }} |
 {% endfor %}
 
 Licence: {{ stats.license.id or 'not known; whoever passes these files on must find out' }}. {{ stats.license.why }}
@@ -68,17 +69,19 @@ Licence: {{ stats.license.id or 'not known; whoever passes these files on must f
 | {{ name | code }} | {{ file.rows }} | {{ file.test_rows }} | {{ file.sha256 | code }} |
 {% endfor %}
 
-`dsat.jsonl` holds replies that a user was unhappy with (`prompt`, `rejected`, `user_preference`), `sat.jsonl` replies that a
-user was happy with (`prompt`, `chosen`, `user_preference`), `seed.*.jsonl` pairs of a rejected reply and the one after the
-complaint. The held-out rows of `dsat.jsonl` and `sat.jsonl` stand first: give their number as `data.test_rows`
-({{ stats.test_rows }}). Conversations that begin with the same user message are on one side of the split, in all files.
+`dsat.jsonl` holds replies that a user was unhappy with (`prompt`, `rejected`, `user_preference`), `sat.jsonl` replies
+that a user was happy with (`prompt`, `chosen`, `user_preference`), `seed.*.jsonl` pairs of a rejected reply and the one
+after the complaint. The held-out rows of `dsat.jsonl` and `sat.jsonl` stand first: give their number as
+`data.test_rows` ({{ stats.test_rows }}). Conversations that begin with the same user message are on one side of the
+split, in all files.
 {% for note in stats.notes %}
 {{ note }}
 {% endfor %}
 
 ## What was left out
 
-{{ stats.rows.read }} rows were read, {{ stats.rows.bad }} of them were broken and left out; they held {{ stats.conversations }} conversations.
+{{ stats.rows.read }} rows were read, {{ stats.rows.bad }} of them were broken and left out; they held
+{{ stats.conversations }} conversations.
 
 | at | reason | count |
 |---|---|---:|
@@ -87,7 +90,9 @@ complaint. The held-out rows of `dsat.jsonl` and `sat.jsonl` stand first: give t
 {% endfor %}{% endfor %}
 
 {% if stats.masked %}
-Personal data was masked by patterns: {% for kind, count in stats.masked.items() %}{{ kind }} {{ count }}{{ ', ' if not loop.last }}{% endfor %}.
+Personal data was masked by patterns: {% for kind, count in stats.masked.items() %}{{ kind }} {{ count }}
+{{- ', ' if not loop.last else '.' }}{% endfor %}
+
 {% elif stats.rules.hygiene.mask_pii %}
 Personal data was looked for by patterns, none was found.
 {% else %}

@@ -1,12 +1,14 @@
-"""Which mined records are left out: lengths, languages, exact and near-duplicates; and on which side of the split one is.
+"""Which mined records are left out: lengths, languages, exact and near-duplicates; and which ones are held out.
 
 Near-duplicates are found by MinHash (`datasketch`) over word triples, in bands, and confirmed by the texts' similarity
-(`rapidfuzz`). A record costs 128 bytes until the end, when the bands are sorted: an index in memory takes twenty times that.
+(`rapidfuzz`). A record costs 128 bytes until the end, when the bands are sorted: an index in memory takes many times
+that.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import zlib
 from array import array
@@ -63,7 +65,9 @@ class Hygiene:
     def _is_known(self, mined: Mined) -> bool:
         """Whether a record of the same texts was there before; white space counts as one space."""
         digest = hashlib.blake2b(mined.kind.encode(), digest_size=16)
-        for role, text in zip([m.role for m in mined.prompt] + ["reply", "feedback", "revised"], mined.texts(), strict=True):
+        for role, text in zip(
+            [m.role for m in mined.prompt] + ["reply", "feedback", "revised"], mined.texts(), strict=True
+        ):
             digest.update(f"\0{role}\0{_flat(text)}".encode())
         key = digest.digest()
         known = key in self._seen
@@ -104,7 +108,7 @@ class NearDuplicates:
         for band in bands.T:
             order = np.argsort(band, kind="stable")
             starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] + 1, append=band[order][-1:] + 1))
-            for start, end in zip(starts[:-1], starts[1:], strict=True):
+            for start, end in itertools.pairwise(starts):
                 if end - start > 1:
                     self._compare([int(i) for i in order[start:end] if int(i) not in found], text_of, found)
         return found
@@ -123,9 +127,7 @@ class NearDuplicates:
 
         words = _WORDS.findall(text.casefold())
         triples = {" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))}
-        hashes = MinHash(
-            _BANDS * _HASHES, hashfunc=zlib.crc32, permutations=self._permutations, scheme=_SCHEME, seed=1
-        )
+        hashes = MinHash(_BANDS * _HASHES, hashfunc=zlib.crc32, permutations=self._permutations, scheme=_SCHEME, seed=1)
         self._permutations = hashes.permutations
         hashes.update_batch(sorted(triples))
         values = np.asarray(hashes.hashvalues, np.uint64).reshape(_BANDS, _HASHES)

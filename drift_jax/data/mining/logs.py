@@ -1,8 +1,8 @@
 """Unlabelled logs -> conversations: WildChat, messages of the OpenAI API, ShareGPT.
 
-A conversation is kept up to the first turn that no record could hold: roles that do not alternate, empty content, a tool
-call, a picture. Less than user, assistant, user holds no complaint. What is left out or cut is counted by reason. Of a
-row only roles and texts are read, and the flags of its publisher.
+A conversation is kept up to the first turn that no record could hold: roles that do not alternate, empty content, a
+tool call, a picture. Less than user, assistant, user holds no complaint. What is left out or cut is counted by reason.
+Of a row only roles and texts are read, and the flags of its publisher.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class Conversations:
         self._list_key, self._role_key, self._text_key = _KEYS[log_format]
         self._moderation = moderation
 
-    def read(
-        self, source: str, rows: Iterable[tuple[int, Row | BadRow]], refuse: Refuse
-    ) -> Iterator[Conversation]:
+    def read(self, source: str, rows: Iterable[tuple[int, Row | BadRow]], refuse: Refuse) -> Iterator[Conversation]:
         """Conversations that may hold a complaint; rows that break the format go to `refuse`."""
         for number, row in rows:
             if isinstance(row, BadRow):

@@ -104,8 +104,8 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:85%;color:#444}
 </svg>
 {% endmacro %}
 <h1>Mined records</h1>
-<p>Format {{ stats.format }}; {{ '{:,}'.format(stats.rows.read) }} rows read, {{ '{:,}'.format(stats.rows.bad) }} of them
- left out as broken; {{ '{:,}'.format(stats.conversations) }} conversations.</p>
+<p>Format {{ stats.format }}; {{ '{:,}'.format(stats.rows.read) }} rows read, {{ '{:,}'.format(stats.rows.bad) }} of
+ them left out as broken; {{ '{:,}'.format(stats.conversations) }} conversations.</p>
 <table><tr><th>records</th><th>held out</th><th>training</th></tr>
 {% for kind, counts in stats.records.items() %}
 <tr><td>{{ kind }}</td><td>{{ '{:,}'.format(counts.test) }}</td><td>{{ '{:,}'.format(counts.train) }}</td></tr>

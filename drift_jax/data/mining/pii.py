@@ -1,7 +1,7 @@
 """Patterns of personal data, each replaced by its kind in brackets. Patterns only: names of people stay as they are.
 
-A number counts where its check digits are right (cards, IBANs) or its form is that of a telephone number, with + or with
-separators; digits in a row may be anything.
+A number counts where its check digits are right (cards, IBANs) or its form is that of a telephone number, with + or
+with separators; digits in a row may be anything.
 """
 
 from __future__ import annotations

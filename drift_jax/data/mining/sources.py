@@ -1,6 +1,6 @@
 """Where logs are read from: files, directories of them, datasets on disk and on the hub. One row at a time.
 
-Every reader holds one row (a Parquet file: one batch of rows) in memory. What cannot be read is a `BadRow` in its place:
+Every reader holds one row (of Parquet: one batch of rows) in memory. What cannot be read is a `BadRow` in its place:
 whether that stops the work is for `BadRows` to say. JSON is read as RFC 8259 has it: no NaN, no half surrogate pairs.
 """
 

@@ -48,7 +48,7 @@ class Tally:
         self._lengths.setdefault(part, Counter())[min(_LONGEST_BIN, max(0, length - 1).bit_length())] += 1
 
     def lengths(self) -> dict[str, Any]:
-        """Of DSAT records, in characters: the mean, and how many records have at most 2, 4, 8, ... and more than half."""
+        """Of DSAT records, in characters: the mean, and how many have at most 2, 4, 8, ... and more than half of it."""
         found = {}
         for part, bins in self._lengths.items():
             count = sum(bins.values())

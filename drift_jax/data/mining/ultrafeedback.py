@@ -1,7 +1,7 @@
 """UltraFeedback's scored responses as dissatisfaction: the lowest is rejected, its critique is the complaint.
 
-The highest above a threshold is the seed's SAT response. Which fields and thresholds: config section `ultrafeedback`. Of
-equal scores the response that stands first counts.
+The highest above a threshold is the seed's SAT response. Which fields and thresholds: config section `ultrafeedback`.
+Of equal scores the response that stands first counts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """WildFeedback's annotated utterances: one row each, in order; a user row's label judges the agent row before it.
 
-For a DSAT user row n of a conversation: prompt = rows 0..n-2, rejected = row n-1, user_preference = row n. A seed pair is
-DSAT at n and SAT at n + 2: chosen = row n+1, rejected = row n-1, the same prompt. A conversation begins where
+For a DSAT user row n of a conversation: prompt = rows 0..n-2, rejected = row n-1, user_preference = row n. A seed pair
+is DSAT at n and SAT at n + 2: chosen = row n+1, rejected = row n-1, the same prompt. A conversation begins where
 `UtteranceId` is 0; rows must follow it without a gap, from user to agent in turn. Where they do not, the labels behind
 are counted under the reason, and so are labels whose rule (config section `wildfeedback`) lets them not count.
 """
@@ -75,7 +75,7 @@ class LabelledConversations:
         """
         for number, row in rows:
             try:
-                if type(row) is BadRow:
+                if isinstance(row, BadRow):
                     raise ValueError(row.why)
                 label = self._add(source, number, row)
             except ValueError as error:
