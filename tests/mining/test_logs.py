@@ -10,7 +10,7 @@ from drift_jax.data.mining.config import ModerationRules, UltraFeedbackRules
 from drift_jax.data.mining.dialogue import Conversation
 from drift_jax.data.mining.logs import Conversations
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.sources import BadRow
+from drift_jax.data.mining.text_rows import BadRow
 from drift_jax.data.mining.ultrafeedback import ScoredPrompts
 
 SAID = ("hi", "hello", "No, really", "oh")

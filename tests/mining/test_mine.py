@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from drift_jax.config import build_config
-from drift_jax.data.mining import sources
+from drift_jax.data.mining import text_rows
 from drift_jax.data.mining.config import MiningConfig, SplitRules
 from drift_jax.data.mining.sources import find_sources
 from drift_jax.records import read_dsat, read_pairs, read_sat
@@ -328,7 +328,7 @@ def peak_memory(directory: Path, conversations: int) -> int:
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each conversation is a complaint: the worst case. What grows are hashes, not texts (2 kB a conversation here)."""
-    monkeypatch.setattr(sources, "_BUFFER", 1 << 14)  # full from the beginning, in all of them
+    monkeypatch.setattr(text_rows, "BUFFER", 1 << 14)  # full from the beginning, in all of them
     peak_memory(tmp_path, 20)  # what is imported and compiled once
     few, many = peak_memory(tmp_path, 60), peak_memory(tmp_path, 260)
     assert (many - few) / 200 < 800

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from drift_jax.data.mining import sources
+from drift_jax.data.mining import sources, text_rows
 from drift_jax.data.mining.sources import BadRow, BadRows, SourceReader, find_sources
 from drift_jax.errors import BadRowsError, DataError
 
@@ -122,13 +122,13 @@ def test_elements_of_an_array_may_lie_across_buffers(tmp_path: Path, monkeypatch
     rows = [{"a": 12345, "b": "x" * size, "c": [{"d": "]}"}]} for size in range(40)] + [{}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     for size in (1, 7, 64):
-        monkeypatch.setattr(sources, "_BUFFER", size)
+        monkeypatch.setattr(text_rows, "BUFFER", size)
         assert good(read(tmp_path / "a.json")) == rows
 
 
 def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_LONGEST_ROW", 1000)
-    monkeypatch.setattr(sources, "_BUFFER", 100)
+    monkeypatch.setattr(text_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(text_rows, "BUFFER", 100)
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "' + b"x" * 5000 + b'"}\n' + b'{"a": 1}\n')
     found = read(tmp_path / "a.jsonl")
     assert good(found) == [{"a": 1}] and "longer than" in bad(found)[0][1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from drift_jax.data.mining.config import ModerationRules, WildFeedbackRules
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.sources import BadRow
+from drift_jax.data.mining.text_rows import BadRow
 from drift_jax.data.mining.wildfeedback import LabelledConversations
 from tests.mining.utterances import agent, user, without
 
@@ -181,7 +181,7 @@ def logs(draw: st.DrawFn) -> list[Any]:
     return rows
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(logs())
 def test_records_are_consecutive_rows_letter_by_letter(rows: list[Any]) -> None:
     mined, reader, _ = mine(rows)

@@ -13,8 +13,9 @@ from typing import Any
 
 from drift_jax.data.mining.config import ModerationRules
 from drift_jax.data.mining.dialogue import Conversation, Turn
-from drift_jax.data.mining.sources import BadRow, Row
+from drift_jax.data.mining.text_rows import BadRow
 from drift_jax.data.mining.wildfeedback import Refuse
+from drift_jax.records import Row
 
 _SPEAKERS = {
     "user": "user",

@@ -6,40 +6,25 @@ whether that stops the work is for `BadRows` to say. JSON is read as RFC 8259 ha
 
 from __future__ import annotations
 
-import codecs
-import csv
 import gzip
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, final
 
-import orjson
-
+from drift_jax.data.mining import text_rows
+from drift_jax.data.mining.text_rows import BadRow, Numbered
 from drift_jax.errors import BadRowsError, DataError
-from drift_jax.records import LFS_HEADER, Row
+from drift_jax.records import LFS_HEADER
 
 OnBadRow = Literal["stop", "skip"]
 Advance = Callable[[int], None]  # takes bytes, or rows where a source has no bytes
 
-_LONGEST_ROW = 64 << 20  # bytes; a row that is longer is no row of a chat log
-_BUFFER = 1 << 20
 _ROWS_A_BATCH = 256
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_CUT_OFF = "the file ends within this row: it was cut off, as by an interrupted download"
-
-
-class BadRow(NamedTuple):
-    """In the place of a row that cannot be read."""
-
-    why: str
-
-
-Numbered = tuple[int, Row | BadRow]  # the row's number, from 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ class SourceReader:
                 yield from self._read_parquet(Path(location))
             else:
                 with open(location, "rb", buffering=0) as raw:
-                    yield from self._read_text(io.BufferedReader(_Watched(raw, self._watch), _BUFFER))
+                    yield from self._read_text(io.BufferedReader(_Watched(raw, self._watch), text_rows.BUFFER))
         except OSError as error:
             raise DataError(f"cannot read {location}: {error.strerror or error}.") from error
 
@@ -198,7 +183,7 @@ class SourceReader:
         name = self.source.location
         stream: Any = file
         if name.endswith(".gz"):
-            stream = io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=file)), _BUFFER)
+            stream = io.BufferedReader(text_rows.Unpacked(gzip.GzipFile(fileobj=file)), text_rows.BUFFER)
             name = name.removesuffix(".gz")
         last = 0
         try:
@@ -209,7 +194,13 @@ class SourceReader:
                     "and try again."
                 )
             first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            read = _csv_rows if name.endswith(".csv") else _array_rows if first == b"[" else _jsonl_rows
+            read = (
+                text_rows.csv_rows
+                if name.endswith(".csv")
+                else text_rows.array_rows
+                if first == b"["
+                else text_rows.jsonl_rows
+            )
             for last, row in read(stream):
                 yield last, row
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -220,7 +211,7 @@ class SourceReader:
         import pyarrow.parquet
 
         with path.open("rb") as raw:
-            while block := raw.read(_BUFFER):
+            while block := raw.read(text_rows.BUFFER):
                 self._hash.update(block)
         size = path.stat().st_size
         try:
@@ -253,156 +244,6 @@ class _Watched(io.RawIOBase):
         return count
 
 
-@final
-class _Unpacked(io.RawIOBase):
-    """What a packed file holds, handed out as soon as it is unpacked: where the file is cut off, all before is kept."""
-
-    def __init__(self, file: gzip.GzipFile) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _jsonl_rows(file: io.BufferedReader) -> Iterator[Numbered]:
-    """Rows are numbered by line; blank lines are passed over."""
-    loads = orjson.loads
-    number = 0
-    while line := file.readline(_LONGEST_ROW):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        try:
-            row: Any = loads(line)
-        except ValueError as error:
-            if not line.strip():
-                continue
-            yield number, BadRow(_not_json(error, line, file))
-            continue
-        yield number, row if type(row) is dict else BadRow(f"a row must be a JSON object, found {_kind(row)}")
-
-
-def _not_json(error: ValueError, line: bytes, file: io.BufferedReader) -> str:
-    if line.endswith(b"\n"):
-        return f"not JSON: {error}"
-    if len(line) < _LONGEST_ROW:
-        return f"not JSON: {error}; {_CUT_OFF}"
-    while len(line) == _LONGEST_ROW and not line.endswith(b"\n"):
-        line = file.readline(_LONGEST_ROW)
-    return f"longer than {_LONGEST_ROW >> 20} MiB"
-
-
-def _array_rows(file: io.BufferedReader) -> Iterator[Numbered]:
-    """The elements of one JSON array. Behind one that is not JSON nothing can be read."""
-    scanner = json.JSONDecoder()
-    pending = _Pending(file)
-    number = 0
-    try:
-        pending.skip("[")
-        while True:
-            sign = pending.peek()
-            if sign == "]" and number == 0:
-                pending.skip("]")
-                break
-            number += 1
-            row = pending.take(scanner)
-            yield number, row if type(row) is dict else BadRow(f"a row must be a JSON object, found {_kind(row)}")
-            if pending.peek() == "]":
-                pending.skip("]")
-                break
-            pending.skip(",")
-        if rest := pending.peek():
-            yield number + 1, BadRow(f"not JSON: {rest!r} after the end of the array")
-    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is one
-        yield number + 1 if number == 0 else number, BadRow(f"not JSON: {error}; what follows was not read")
-
-
-class _Pending:
-    """The text of an array that was read and not yet taken; grows by the element that is being looked for."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self._file, self._text, self._at, self._ended = file, "", 0, False
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-
-    def peek(self) -> str:
-        """The next sign that is no white space; empty at the end of the file."""
-        while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
-            if self._at < len(self._text) or not self._more(_BUFFER):
-                return self._text[self._at : self._at + 1]
-
-    def skip(self, sign: str) -> None:
-        found = self.peek()
-        if found != sign:
-            raise ValueError(f"{sign!r} expected, found {found!r}" if found else _CUT_OFF)
-        self._at += 1
-
-    def take(self, scanner: json.JSONDecoder) -> Any:
-        """The next element; the scanner finds its end, and orjson says whether it is JSON."""
-        self.peek()
-        step = _BUFFER
-        while True:
-            try:
-                _, end = scanner.raw_decode(self._text, self._at)
-                if end < len(self._text) or not self._more(step):  # digits may go on behind the buffer
-                    element, self._at = self._text[self._at : end], end
-                    return orjson.loads(element.encode("utf-8"))
-            except json.JSONDecodeError as error:
-                if len(self._text) - self._at > _LONGEST_ROW:
-                    raise ValueError(f"{error.msg}, or an element longer than {_LONGEST_ROW >> 20} MiB") from None
-                if not self._more(step):
-                    raise ValueError(f"{error.msg}; {_CUT_OFF}" if self._at_end(error) else error.msg) from None
-            step *= 2
-
-    def _at_end(self, error: json.JSONDecodeError) -> bool:
-        return error.pos >= len(self._text) - 1 or error.msg.startswith("Unterminated")
-
-    def _more(self, size: int) -> bool:
-        data = b"" if self._ended else self._file.read1(size)
-        self._text, self._at = self._text[self._at :] + self._decoder.decode(data, final=not data), 0
-        self._ended = not data
-        return not self._ended
-
-
-def _csv_rows(file: io.BufferedReader) -> Iterator[Numbered]:
-    """Rows are numbered without the header. Empty cells are None; cells of lists and objects hold JSON."""
-    csv.field_size_limit(_LONGEST_ROW)
-    rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)  # pyright: ignore
-    number = 0
-    try:
-        header = next(rows, None)
-        if header is None:
-            return
-        for cells in rows:
-            if not cells:
-                continue
-            number += 1
-            if len(cells) != len(header):
-                yield number, BadRow(f"{len(cells)} cells where the header has {len(header)}")
-            else:
-                yield number, {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
-    except (csv.Error, UnicodeDecodeError) as error:
-        cut = f"; {_CUT_OFF}" if "unexpected end" in str(error) else "; what follows was not read"
-        yield number + 1, BadRow(f"not CSV: {error}{cut}")
-
-
-def _cell(cell: str) -> Any:
-    if not cell:
-        return None
-    if cell[0] in "[{":
-        try:
-            return orjson.loads(cell)
-        except ValueError:
-            return cell  # text that begins with a bracket
-    return cell
-
-
 def _dataset_rows(source: Source, advance: Advance) -> Iterator[Numbered]:
     import datasets
     from datasets.exceptions import DatasetsError
@@ -423,8 +264,3 @@ def _dataset_rows(source: Source, advance: Advance) -> Iterator[Numbered]:
             f"{error}\nCheck name, config, split and network (`hf auth login` for gated data), or download it and name "
             "its directory."
         ) from None
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from drift_jax.data.mining.config import UltraFeedbackRules
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.sources import BadRow, Row
+from drift_jax.data.mining.text_rows import BadRow
 from drift_jax.data.mining.wildfeedback import Refuse
-from drift_jax.records import Message
+from drift_jax.records import Message, Row
 
 
 class _Scored(NamedTuple):

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from drift_jax.data.mining.config import ModerationRules, WildFeedbackRules
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.sources import BadRow, Numbered, Row
-from drift_jax.records import Message
+from drift_jax.data.mining.text_rows import BadRow, Numbered
+from drift_jax.records import Message, Row
 
 # As published, spelling included.
 COLUMNS = (
