@@ -4,7 +4,7 @@
 
 Each run is a process of its own, from its start to its end, into a fresh directory; `peak_rss_gb` is the most it had
 resident (10**9 bytes), `mb_per_s` counts the bytes of the file (10**6), `cpu_seconds` is that of all its threads. The
-best run and all of them are printed, and whether every run left the same bytes. Make a file with `scripts/make_wildfeedback.py`.
+best run and all of them are printed, and whether every run left the same bytes. Files: `make_wildfeedback.py`.
 """
 
 from __future__ import annotations
