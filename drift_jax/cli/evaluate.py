@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 from rich.console import Console
 
+from drift_jax.cli import evaluate_policy
 from drift_jax.cli.options import Overrides, build_console, resolve
 from drift_jax.cli.parts import leave_accelerator, prepare_sample
 from drift_jax.cli.processes import across_processes
@@ -283,6 +284,9 @@ def win_rate(
 
 for _command, _title in ((wildbench, "wildbench"), (alpaca_eval, "alpaca-eval"), (win_rate, "win-rate")):
     evaluate_app.command(_title)(across_processes(_command, _prepare))
+evaluate_app.command("preference")(across_processes(evaluate_policy.preference))
+evaluate_app.command("compare")(across_processes(evaluate_policy.compare, evaluate_policy.without_devices))
+evaluate_app.command("coverage")(across_processes(evaluate_policy.coverage, evaluate_policy.without_devices))
 
 
 # --- what they share ----------------------------------------------------------------------------------------
