@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -110,32 +110,25 @@ def coverage(
     config: ConfigOption = None,
 ) -> None:
     """How much of the region of high rewards each method's replies cover, on one map, with a plot."""
-    from drift_jax.evaluation.coverage_run import build_coverage_report, draw_map, write_points
     from drift_jax.evaluation.coverage_settings import load_settings
-    from drift_jax.evaluation.figures import draw_coverage, styled
-    from drift_jax.evaluation.page import render_page
-    from drift_jax.evaluation.prompts import read_prompts
-    from drift_jax.evaluation.replies import keep_common, name_sources, read_replies
-    from drift_jax.evaluation.report import print_report, write_report
-    from drift_jax.files import atomic_writer
+    from drift_jax.evaluation.embed import check_packages
+    from drift_jax.evaluation.replies import name_sources
 
     chosen, console = on_each(lambda: load_settings(settings, overrides or ())), build_console()
     if (chosen.reward == "implicit") != (policy is not None and reference is not None):
         raise ConfigError("--policy and --reference belong to --set reward=implicit, which needs both.")
-    with on_each(styled):
-        pass  # raised before anything is computed
+    on_each(lambda: check_packages(chosen))  # before anything is computed
     files = on_each(lambda: name_sources(sources))
-    dialogues = {p.id: p for p in on_each(lambda: read_prompts(prompts))} if prompts else {}
-    read = on_each(lambda: {name: read_replies(name, path, dialogues) for name, path in files.items()})
-    replies = [reply for found, _ in read.values() for reply in found]
-    drops: dict[str, dict[str, int]] = {name: {"empty": empty} for name, (_, empty) in read.items()}
-    if chosen.prompts == "common":
-        replies, left = on_each(lambda: keep_common(replies))
-        for name, count in left.items():
-            drops[name]["to prompts that not all methods have replies to"] = count
+    replies, drops = on_each(lambda: _read_all(files, prompts, chosen.prompts == "common"))
     rewards = _implicit(policy, reference, replies, config) if policy and reference else None
 
     def work() -> None:
+        from drift_jax.evaluation.coverage_run import build_coverage_report, draw_map, write_points
+        from drift_jax.evaluation.figures import draw_coverage
+        from drift_jax.evaluation.page import render_page
+        from drift_jax.evaluation.report import print_report, write_report
+        from drift_jax.files import atomic_writer
+
         found = draw_map(list(files), replies, chosen, rewards, console)
         report = build_coverage_report(found, chosen, files, drops)
         write_report(report, out)
@@ -147,6 +140,24 @@ def coverage(
         console.print(f"{out / 'coverage.html'}", markup=False, highlight=False, soft_wrap=True)
 
     on_main(work)
+
+
+def _read_all(
+    files: Mapping[str, Path], prompts: Path | None, common: bool
+) -> tuple[list[Reply], dict[str, dict[str, int]]]:
+    """Replies of all methods, and of each method why how many are left out."""
+    from drift_jax.evaluation.prompts import read_prompts
+    from drift_jax.evaluation.replies import keep_common, read_replies
+
+    dialogues = {prompt.id: prompt for prompt in read_prompts(prompts)} if prompts else {}
+    read = {name: read_replies(name, path, dialogues) for name, path in files.items()}
+    replies = [reply for found, _ in read.values() for reply in found]
+    drops: dict[str, dict[str, int]] = {name: {"empty": empty} for name, (_, empty) in read.items()}
+    if common:
+        replies, left = keep_common(replies)
+        for name, count in left.items():
+            drops[name]["to prompts that not all methods have replies to"] = count
+    return replies, drops
 
 
 def _implicit(

@@ -5,6 +5,7 @@ UMAP's axes have no unit and no meaning of their own: what is close was close am
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,11 +19,23 @@ from drift_jax.evaluation.entry_points import load_function, missing_extra
 _WORDS = 50_000  # the most frequent n-grams
 
 
+def check_packages(settings: CoverageConfig) -> None:
+    """Raises `ConfigError` for a package of the extra `analysis` that a map by these settings lacks."""
+    needed = {
+        "matplotlib": ("matplotlib", "a plot", True),
+        "sklearn": ("scikit-learn", "embedder tfidf", settings.embedder == "tfidf"),
+        "umap": ("umap-learn", "projection umap", settings.projection == "umap"),
+    }
+    for module, (package, what, used) in needed.items():
+        if used and importlib.util.find_spec(module) is None:
+            raise missing_extra(package, what)
+
+
 def embed(texts: Sequence[str], settings: CoverageConfig) -> Float[np.ndarray, "N D"]:
     """One row a text, of length 1 (0 where an embedder finds nothing in it).
 
     Raises:
-      ConfigError: the extra `analysis` or the embedder is not there.
+      ConfigError: the embedder is not there.
       DataError: the embedder returned something else than a finite row a text.
     """
     function = _tfidf if settings.embedder == "tfidf" else _of_user(settings.embedder)
@@ -43,11 +56,9 @@ def _of_user(name: str) -> Callable[[list[str], CoverageConfig], Any]:
 
 def _tfidf(texts: list[str], settings: CoverageConfig) -> Any:
     """Of n-grams within words, which need no language's rules for what a word is."""
-    try:
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
-    except ImportError:
-        raise missing_extra("scikit-learn", "embedder tfidf") from None
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=_WORDS)
     counts = vectorizer.fit_transform(texts)
     dimensions = min(settings.dimensions, min(counts.shape) - 1)
@@ -57,15 +68,12 @@ def _tfidf(texts: list[str], settings: CoverageConfig) -> Any:
 
 
 def project(embeddings: Float[np.ndarray, "N D"], settings: CoverageConfig) -> Float[np.ndarray, "N 2"]:
-    """Raises `ConfigError` where UMAP is asked for and not installed."""
     return _PROJECTIONS[settings.projection](embeddings, settings)
 
 
 def _umap(embeddings: Float[np.ndarray, "N D"], settings: CoverageConfig) -> Float[np.ndarray, "N 2"]:
-    try:
-        from umap import UMAP
-    except ImportError:
-        raise missing_extra("umap-learn", "projection umap") from None
+    from umap import UMAP
+
     # With a seed UMAP runs on one thread, the order of whose sums is always the same.
     mapper = UMAP(
         n_components=2,

@@ -7,6 +7,7 @@ the same bytes.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drift_jax.evaluation.entry_points import missing_extra
 from drift_jax.files import atomic_writer
 
 if TYPE_CHECKING:
@@ -39,18 +39,14 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def styled() -> Iterator[Any]:
-    """Matplotlib with our settings, which end with the block. Raises `ConfigError` where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise missing_extra("matplotlib", "a plot") from None
+    """Matplotlib with our settings, which end with the block."""
+    import matplotlib
+
     with matplotlib.rc_context(_STYLE):
         yield matplotlib
 
 
 def has_matplotlib() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -14,6 +15,7 @@ from drift_jax.errors import ConfigError, DataError
 from drift_jax.evaluation.coverage import find_coverage, reward_weights
 from drift_jax.evaluation.coverage_run import draw_map, find_rewards
 from drift_jax.evaluation.coverage_settings import CoverageConfig, load_settings
+from drift_jax.evaluation.embed import check_packages
 from drift_jax.evaluation.replies import Reply, keep_common, name_sources, read_replies
 from tests.cli_runs import Drift, drift  # noqa: F401
 
@@ -194,6 +196,15 @@ def test_what_can_be_mended_is_said(
     code, _, err = drift("evaluate", "coverage", *files, "--out", tmp_path / "out", *words)
     assert code == 2 and not (tmp_path / "out").exists()
     assert re.search(f"(?s){message}", err.replace("\n", " ")), err
+
+
+@pytest.mark.parametrize(("module", "package"), [("umap", "umap-learn"), ("sklearn", "scikit-learn")])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found("json"))
+    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'drift-jax\[analysis\]'"):
+        check_packages(CoverageConfig())
+    check_packages(CoverageConfig(embedder="a:b", projection="svd"))
 
 
 def test_replies_are_found_in_the_files_of_runs(tmp_path: Path) -> None:
