@@ -36,10 +36,10 @@ def bad(found: list[tuple[int, Any]]) -> list[tuple[int, str]]:
 
 def write_all(directory: Path) -> None:
     (directory / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES)
-    (directory / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (directory / "b.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
     (directory / "c.json").write_bytes(ARRAY)
     (directory / "d.json").write_bytes(LINES)
-    (directory / "e.json.gz").write_bytes(gzip.compress(ARRAY))
+    (directory / "e.json.gz").write_bytes(gzip.compress(ARRAY, mtime=0))
     with (directory / "f.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["Content", "UtteranceId"])
         writer.writeheader()
@@ -101,8 +101,8 @@ def test_bytes_are_counted_and_hashed(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1}, ]', 1, 2, "not JSON"),
         ("a.json", b'[{"a": "\xff"}]', 0, 1, "not JSON"),
         ("a.json", b"[1, 2]", 0, 1, "a row must be a JSON object, found a number"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-12], 4, 5, "cannot be unpacked"),
-        ("a.json.gz", gzip.compress(ARRAY)[:-12], 4, 5, "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], 4, 5, "cannot be unpacked"),
+        ("a.json.gz", gzip.compress(ARRAY, mtime=0)[:-12], 4, 5, "cannot be unpacked"),
         ("a.csv", b"a,b\n1,2\n3\n", 1, 2, "1 cells where the header has 2"),
         ("a.csv", b'a,b\n1,2\n3,"x', 1, 2, "it was cut off"),
         ("a.csv", b"a,b\n1,2\n3,\xff\n", 0, 1, "not CSV"),
