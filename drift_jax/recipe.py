@@ -139,7 +139,8 @@ class Recipe:
         self._stage(f"{name}/pair", keys, inputs, lambda: on_main(pair))
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
         pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
-        job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs)
+        earlier = tuple(self.run_dir / of for of in ("seed", *(f"iter_{k}" for k in range(1, iteration))))
+        job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs, earlier)
         return self._train_and_export(name, job, {"recipe.reference": self.config.recipe.reference})
 
     def show(self, initial: Path, policy: Path) -> None:
