@@ -137,7 +137,7 @@ def test_both_sides_come_from_where_the_method_says(folder: Path, tmp_path: Path
 @METHODS
 def test_prompts_are_those_of_the_method(folder: Path, method: str) -> None:
     """Guided ones show the complaint and the request to improve, others the dialogue alone; n samples of each."""
-    config = config_of(folder, method, sampling={"n": 2})
+    config = config_of(folder, method, sampling={"n": 2, "max_input_length": 512})
     tokenizer = load_tokenizer(folder / "tokenizer")
     split = load_split(config, str(records_path(config)))
     requests, cuts, refused = _build_requests(config, split.train, tokenizer)
