@@ -137,7 +137,7 @@ class _Stage:
             ref = self._reference(params)
             found = ref
             on_main(lambda: write_ref_logps(path, every, found))
-            if self.probe is not None and not self.probe.has_reference:
+            if self.probe is not None:
                 self.probe.refer(params)
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
