@@ -129,6 +129,8 @@ class JudgeConfig:
     max_tokens: PositiveInt = 512  # of a verdict
     timeout_s: PositiveFloat = 120.0  # seconds for a verdict; one that fails is asked for five times
     concurrency: PositiveInt = 8  # verdicts asked for at a time
+    price_prompt: NonNegativeFloat = 0.0  # dollars for a million tokens of prompts; 0: costs are not counted
+    price_completion: NonNegativeFloat = 0.0  # dollars for a million tokens of verdicts
 
 
 @dataclass(frozen=True)

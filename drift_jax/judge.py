@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import Template
 from types import TracebackType
-from typing import Any, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Endpoint, Retry, read_api_key
@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 3  # at an answer that can be used; connections have their own (`Retry`)
 _SHOWN = 200  # characters of an answer in an error
-# What servers say to a parameter that they do not know.
-_REFUSED = frozenset({400, 404, 422, 501})
+# What servers say to a parameter that they do not know; 500 is vLLM's word where its library for grammars is not there.
+_REFUSED = frozenset({400, 404, 422, 500, 501})
 
 
 @dataclass(frozen=True)
@@ -50,44 +50,86 @@ def load_prompt(name: str) -> JudgePrompt:
     return JudgePrompt(name, file.read_text(encoding="utf-8"))
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What an answer took, as the server counts it; 0 where it does not say."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion)
+
+
+@dataclass(frozen=True)
+class Verdict(Generic[T]):
+    """What was read, the object it was read from, and what it took, answers that could not be used included."""
+
+    value: T
+    answer: dict[str, Any]
+    malformed: int  # answers that could not be used
+    tokens: Tokens
+
+
+class MalformedError(EndpointError):
+    """The server answered, as often as it was asked, and none of its answers can be used."""
+
+    def __init__(self, message: str, malformed: int, tokens: Tokens) -> None:
+        super().__init__(message, passing=False)
+        self.malformed, self.tokens = malformed, tokens
+
+
 @final
 class Judge:
-    """The server and model of section `judge`. Threads may share it.
+    """The server and model of section `judge`. Threads may share it. `retry`, `sleep` and `wait_turn` as in `Endpoint`.
 
     Raises:
       ConfigError: the environment variable with the API key is not set.
     """
 
     def __init__(
-        self, config: JudgeConfig, retry: Retry | None = None, sleep: Callable[[float], None] = time.sleep
+        self,
+        config: JudgeConfig,
+        retry: Retry | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        wait_turn: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
-        self._endpoint = Endpoint(config.base_url, read_api_key(config.api_key_env), config.timeout_s, retry, sleep)
+        key = read_api_key(config.api_key_env)
+        self._endpoint = Endpoint(config.base_url, key, config.timeout_s, retry, sleep, wait_turn)
         self._structured = True
 
-    def ask(self, prompt: str, schema: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
+    def ask(self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> T:
+        """The value of `verdict`."""
+        return self.verdict(prompt, schema, read).value
+
+    def verdict(self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> Verdict[T]:
         """`read` of the object that the model answers with; asked again where that raises or is no JSON object.
 
         Args:
-          schema: of the object, in JSON Schema. A server that knows no structured output is asked without it.
+          schema: of the object, in JSON Schema; None: any object. A server that knows no structured output is asked
+            without it.
           read: takes what is needed out of the object; a KeyError, TypeError or ValueError means that it is not there.
 
         Raises:
-          EndpointError: the server gave no answer, or none that can be used.
+          EndpointError: the server gave no answer; as `MalformedError` none that can be used.
         """
-        problem = ""
-        for _ in range(_ATTEMPTS):
-            text = self._complete(prompt, schema)
+        problem, tokens = "", Tokens()
+        for attempt in range(_ATTEMPTS):
+            text, taken = self._complete(prompt, schema)
+            tokens += taken
             try:
-                return read(parse_object(text))
+                answer = parse_object(text)
+                return Verdict(read(answer), answer, attempt, tokens)
             except (KeyError, TypeError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error} in {text[:_SHOWN]!r}"
-        raise EndpointError(
+        raise MalformedError(
             f"{self._endpoint.base_url}: no verdict of {self.config.model} in {_ATTEMPTS} answers: {problem}",
-            passing=False,
+            _ATTEMPTS,
+            tokens,
         )
 
-    def _complete(self, prompt: str, schema: Mapping[str, Any]) -> str:
+    def _complete(self, prompt: str, schema: Mapping[str, Any] | None) -> tuple[str, Tokens]:
         body: dict[str, Any] = {
             "model": self.config.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -95,16 +137,19 @@ class Judge:
             "max_tokens": self.config.max_tokens,
         }
         if self._structured:
-            form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": dict(schema)}}
+            form: dict[str, Any] = {"type": "json_object"}
+            if schema is not None:
+                named = {"name": "verdict", "strict": True, "schema": dict(schema)}
+                form = {"type": "json_schema", "json_schema": named}
             try:
                 return _content(self._endpoint.post("/chat/completions", body | {"response_format": form}))
             except EndpointError as error:
                 # A 404 or a 400 may have other causes; the request without a schema then says so once more.
                 if error.status not in _REFUSED:
                     raise
-            text = _content(self._endpoint.post("/chat/completions", body))
+            answer = _content(self._endpoint.post("/chat/completions", body))
             self._structured = False
-            return text
+            return answer
         return _content(self._endpoint.post("/chat/completions", body))
 
     def close(self) -> None:
@@ -119,11 +164,13 @@ class Judge:
         self.close()
 
 
-def _content(answer: dict[str, Any]) -> str:
+def _content(answer: dict[str, Any]) -> tuple[str, Tokens]:
     try:
-        return answer["choices"][0]["message"]["content"] or ""
+        text = answer["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError):
         raise EndpointError(f"the answer holds no message: {json.dumps(answer)[:_SHOWN]}.", passing=False) from None
+    usage = answer.get("usage") or {}
+    return text, Tokens(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
 
 
 def parse_object(text: str) -> dict[str, Any]:

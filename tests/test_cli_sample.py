@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from drift_jax.data.tokenizer import load_tokenizer
+from drift_jax.journal import read_rows
 from drift_jax.manifest import RunLock
-from drift_jax.stages.journal import read_rows
 from tests.cli_runs import Drift, base, change_config, drift, model_dir  # noqa: F401
 
 

@@ -45,6 +45,7 @@ sampling.other_speakers sampling.same_language
 sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.per_host
 sampling.compute_dtype sampling.seed
 judge.base_url judge.model judge.api_key_env judge.temperature judge.max_tokens judge.timeout_s judge.concurrency
+judge.price_prompt judge.price_completion
 vllm.base_urls vllm.api_key_env vllm.served_name vllm.refresh vllm.python vllm.device vllm.port vllm.max_model_len
 vllm.tensor_parallel vllm.gpu_memory_utilization vllm.args vllm.env vllm.start_timeout_s vllm.request_timeout_s
 vllm.concurrency

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pytest
 
-from drift_jax.stages.journal import read_rows
+from drift_jax.journal import read_rows
 from tests.cli_runs import REPO, change_config, model_dir, write_yaml  # noqa: F401
 from tests.tiny_pairs import write_dsat
 

@@ -152,13 +152,17 @@ def _in_list_of_labels(lines: list[str], index: int) -> bool:
 
 def speaks_another_language(text: str, record: Record) -> bool:
     """Whether reply and the user's last messages are long enough to tell their languages, and these differ."""
-    reply = _language(_FENCE.sub("\n", text))
-    asked = _language(_FENCE.sub("\n", f"{record.prompt[-1].content}\n{record.user_preference}"))
+    reply = language_of(_FENCE.sub("\n", text))
+    asked = language_of(_FENCE.sub("\n", f"{record.prompt[-1].content}\n{record.user_preference}"))
     return reply is not None and asked is not None and reply != asked
 
 
-def _language(text: str) -> str | None:
-    """ISO 639-1 code; None where the text is too short or mixed to say."""
+def language_of(text: str) -> str | None:
+    """ISO 639-1 code; None where the text is too short or mixed to say.
+
+    Raises:
+      ConfigError: py3langid is not installed.
+    """
     if sum(char.isalpha() for char in text) < _FEWEST_LETTERS:
         return None
     code, probability = _language_identifier().classify(text)
@@ -171,7 +175,8 @@ def _language_identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            "sampling.same_language needs py3langid: pip install 'drift-jax[language]', or set it to false."
+            "to tell languages (sampling.same_language, hygiene.languages) py3langid is needed: pip install "
+            "'drift-jax[language]', or leave the key out."
         ) from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 

@@ -23,10 +23,10 @@ from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.errors import EndpointError, StageError
+from drift_jax.journal import Journal
 from drift_jax.judge import Judge, JudgePrompt, load_prompt
 from drift_jax.methods import Record, logged_reply
 from drift_jax.progress import stage_progress
-from drift_jax.stages.journal import Journal
 
 VERDICTS_FILE = "verdicts.jsonl"
 _PROMPT = "choose_v1"

@@ -21,8 +21,8 @@ from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.distributed import on_main
 from drift_jax.files import write_jsonl
+from drift_jax.journal import read_rows
 from drift_jax.progress import stage_progress
-from drift_jax.stages.journal import read_rows
 from drift_jax.stages.reference import RefLogps, share_ref_logps, write_ref_logps
 from drift_jax.theory import Lemma, PairGradients, apply_lemma, lemma_metrics, retention_metrics
 from drift_jax.train import Trainer

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from drift_jax import journal as journals
 from drift_jax.errors import DataError, StageError
 from drift_jax.files import write_json
-from drift_jax.stages import journal as journals
-from drift_jax.stages.journal import Journal, open_journals, read_rows
+from drift_jax.journal import Journal, read_rows
+from drift_jax.stages.journal import open_journals
 from tests.cli_runs import REPO
 
 ROWS: list[dict[str, Any]] = [{"id": f"r{i}", "sample": 0, "text": f"größer 🙂 \u2028 第{i}"} for i in range(3)]
@@ -65,7 +66,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     script = (
-        "import sys; from pathlib import Path; from drift_jax.stages.journal import Journal\n"
+        "import sys; from pathlib import Path; from drift_jax.journal import Journal\n"
         f"journal = Journal(Path({str(path)!r})); print('open', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

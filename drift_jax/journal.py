@@ -1,0 +1,115 @@
+"""JSONL files that rows are appended to while work goes on, so that what was done survives a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+from drift_jax.errors import DataError, StageError
+from drift_jax.files import sync_directory
+
+
+def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """Rows of a file that this package wrote.
+
+    Args:
+      torn: whether the last line may be unfinished (the writer was killed), and is then passed over.
+
+    Raises:
+      DataError: a line is not JSON; names it.
+    """
+    data = path.read_bytes()
+    if torn:
+        data = data[: data.rfind(b"\n") + 1]  # of the bytes: a kill may leave half of a character
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON ({error}). Remove the file to make it again.") from None
+    return rows
+
+
+@final
+class Journal:
+    """Rows on disk, one line each, by one process at a time.
+
+    A torn last line (the process was killed while writing) is cut off on opening.
+
+    Raises:
+      StageError: another process writes it.
+      DataError: a line is not JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _open_locked(path)
+        try:
+            data = path.read_bytes()
+            self._size = data.rfind(b"\n") + 1
+            self._file.truncate(self._size)
+            self.rows = read_rows(path)
+        except BaseException:
+            self._file.close()
+            raise
+        sync_directory(path.parent)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes rows and waits for the disk to have them, so that a power cut loses none.
+
+        Raises:
+          StageError: the disk is full. What was appended before stays, and nothing of these rows does.
+        """
+        # One write without a buffer: what a kill tears is the end of the file, and closing has nothing left to write.
+        data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
+            raise StageError(
+                f"cannot write {self.path}: {error}. Free space and run again; it goes on from here."
+            ) from None
+        self._size += len(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_locked(path: Path) -> io.FileIO:
+    """The file opened for appending. The system lets go of the lock however the process ends."""
+    while True:
+        file = io.FileIO(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise StageError(
+                f"{path} is being written by another process. Wait for it, or give another directory."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        # Its last owner may have removed it between the two calls; that file is nobody's any more.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
