@@ -173,7 +173,7 @@ def config_of(base: Path, **sections: Any) -> RunConfig:
         "run_dir": str(base / "run"),
         "model": {"path": str(base / "model"), "compute_dtype": "float32"},
         "data": {"test_rows": 2, "max_length": 128, "max_prompt_length": 100},
-        "train": {"batch_size": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0, "beta": BETA},
+        "train": {"batch_size": 4, "learning_rate": 3e-5, "warmup_ratio": 0.0, "beta": BETA},
         "theory": {"every": 1, "pairs": 3, "tau": 0.3},
         "checkpoint": {"every_steps": 1, "keep": 1},
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
