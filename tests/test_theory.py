@@ -173,7 +173,7 @@ def config_of(base: Path, **sections: Any) -> RunConfig:
         "run_dir": str(base / "run"),
         "model": {"path": str(base / "model"), "compute_dtype": "float32"},
         "data": {"test_rows": 2, "max_length": 128, "max_prompt_length": 100},
-        "train": {"batch_size": 4, "learning_rate": 3e-5, "warmup_ratio": 0.0, "beta": BETA},
+        "train": {"batch_size": 4, "learning_rate": 3e-6, "warmup_ratio": 0.0, "beta": BETA},
         "theory": {"every": 1, "pairs": 3, "tau": 0.3},
         "checkpoint": {"every_steps": 1, "keep": 1},
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -232,7 +232,7 @@ def test_a_stage_logs_the_lemma_changes_nothing_and_resumes(base: Path, monkeypa
     assert again[-1].pop("theory/on/retention") == pytest.approx(1.0, rel=1e-5)
     assert again == rows
     # A stage that learns next to nothing has next to nothing of them.
-    weak = train(base, "weak", (base / "on",), train={"learning_rate": 1e-7}, theory={"every": "end"})
+    weak = train(base, "weak", (base / "on",), train={"learning_rate": 3e-8}, theory={"every": "end"})
     assert ["theory/bound" in row for row in weak] == [False, False, True]
     assert abs(weak[-1]["theory/on/retention"]) < 0.05
     saved = [json.loads(line) for line in (base / "on/theory_pairs.jsonl").read_text().splitlines()]
