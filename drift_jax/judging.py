@@ -1,7 +1,8 @@
 """Many questions to one judge: a cache on disk, several at a time, failures counted, and what it cost.
 
 The cache is also the journal. An answer is on disk as soon as it is there, under (prompt hash, model, parameters), and
-asked for once; a run that was killed goes on from it, and what failed is asked again. Where the server is shapes nothing.
+is asked for once; a run that was killed goes on from it, and what failed is asked again. The server's address is no
+part of the key.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -70,9 +71,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Judged(Generic[T]):
-    """Values by question id, in the order of the questions, and why there is none for the others."""
+    """Values by question id, in the order of the questions, and why there is none for the others.
+
+    `rows`: what the cache holds of the same questions: answer, prompt_tokens, completion_tokens, ...
+    """
 
     values: dict[str, T]
+    rows: dict[str, dict[str, Any]]
     failures: dict[str, str]
     tally: Tally
 
@@ -98,13 +103,14 @@ def ask_all(
         missing = {keys[q.id]: q for q in questions if keys[q.id] not in known}
         cached = sum(key in known for key in keys.values())
         failures, lost = _ask_missing(missing, judge, journal, known, console, what)
-    values = {q.id: q.read(known[keys[q.id]]["answer"]) for q in questions if keys[q.id] in known}
+    rows = {q.id: known[keys[q.id]] for q in questions if keys[q.id] in known}
+    values = {q.id: q.read(rows[q.id]["answer"]) for q in questions if q.id in rows}
     failed = {q.id: failures[keys[q.id]] for q in questions if keys[q.id] not in known}
-    used = [known[key] for key in dict.fromkeys(keys.values()) if key in known]
+    used = {row["key"]: row for row in rows.values()}.values()
     tokens = sum((Tokens(row["prompt_tokens"], row["completion_tokens"]) for row in used), lost.tokens)
     malformed = lost.malformed + sum(row["malformed"] for row in used)
     tally = Tally(len(questions), cached, len(failed), malformed, tokens, _dollars(tokens, config))
-    return Judged(values, failed, tally)
+    return Judged(values, rows, failed, tally)
 
 
 @dataclass
@@ -112,7 +118,7 @@ class _Lost:
     """What questions took that have no usable answer."""
 
     malformed: int = 0
-    tokens: Tokens = Tokens()
+    tokens: Tokens = field(default_factory=Tokens)
 
 
 def _ask_missing(
@@ -124,7 +130,8 @@ def _ask_missing(
     what: str,
 ) -> tuple[dict[str, str], _Lost]:
     """Adds to `known` and the journal; (why others have no answer, by key; what these took)."""
-    failures, lost, unanswered = dict[str, str](), _Lost(), 0
+    failures, lost, unanswered, answered = dict[str, str](), _Lost(), 0, False
+    enough = _GIVE_UP if known else min(_GIVE_UP, len(missing))
     with stage_progress(what, len(missing), "questions", console=console) as bar:
         pool = ThreadPoolExecutor(judge.config.concurrency)
         try:
@@ -136,13 +143,15 @@ def _ask_missing(
                 except EndpointError as error:
                     failures[key] = str(error)
                     if isinstance(error, MalformedError):
+                        answered = True
                         lost.malformed += error.malformed
                         lost.tokens += error.tokens
                     else:
                         unanswered += 1
-                    if not known and unanswered >= min(_GIVE_UP, len(missing)):
+                    if not answered and unanswered >= enough:
                         raise _no_server(judge.config, unanswered, error) from None
                 else:
+                    answered = True
                     row = _row(key, missing[key], judge.config) | {
                         "answer": verdict.answer,
                         "malformed": verdict.malformed,

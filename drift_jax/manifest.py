@@ -104,6 +104,10 @@ class Manifest:
         """What `finish` was given; empty for a stage that is not finished."""
         return self._data["stages"].get(stage, {}).get("summary", {})
 
+    def inputs(self, stage: str) -> dict[str, str]:
+        """The hashes of what a stage was made from; empty for one that was never entered."""
+        return self._data["stages"].get(stage, {}).get("inputs", {})
+
     def file_hash(self, path: Path) -> str:
         """sha256 of a file's content; computed once as long as its size and time of change stay.
 

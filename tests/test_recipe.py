@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from drift_jax.config import RunConfig, build_config
 from drift_jax.data.pairs import tokenize_pair
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import DataError, StageError
+from drift_jax.evaluation.preference import preference_numbers
 from drift_jax.recipe import run
 from drift_jax.records import read_pairs
 from drift_jax.sampling.local import LocalSampler
+from drift_jax.stages.preference import find_targets, score_targets
 from drift_jax.telemetry import read_metrics
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 
@@ -90,6 +93,45 @@ def test_every_stage_leaves_its_files(finished: tuple[Path, str]) -> None:
     assert len(read_pairs(run_dir / "iter_1/pairs.test.jsonl").records) == 4
     assert "margins" in output and str(run_dir / "iter_2/hf") in output.replace("\n", "")
     assert {p.name for p in run_dir.rglob("*") if "tmp" in p.name or "partial" in p.name} == set()
+
+
+def test_what_a_stage_prefers_is_what_drift_evaluate_finds(finished: tuple[Path, str], base: Path) -> None:
+    """Of every stage, against its own reference, on held-out pairs: the exported policies have the same numbers."""
+    run_dir, config = finished[0], make_config(base, finished[0])
+    targets = find_targets(config, run_dir, None)
+    hf = [run_dir / name / "hf" for name in ("seed", "iter_1", "iter_2")]
+    assert [(t.policy, t.reference) for t in targets] == [
+        (policy, reference) for policy, reference in zip(hf, [base / "model", *hf], strict=False)
+    ]
+    scored = score_targets(config, targets, run_dir / "iter_2/pairs.test.jsonl", Console(file=io.StringIO()))
+    numbers = preference_numbers(scored.of["iter_2"], config.train.beta)
+    written = json.loads((run_dir / "iter_2/eval.json").read_text())
+    assert written["preference"].pop("reference") == str(hf[1])
+    assert flat(written["preference"]) == pytest.approx(flat(numbers), rel=1e-4, abs=1e-5, nan_ok=True)
+    margin = written["preference"]["metrics"]["rewards/margins"]["value"]
+    assert margin == pytest.approx(written["eval_rewards/margins"], rel=1e-3, abs=1e-5)
+    assert find_targets(config, run_dir / "iter_1", base / "model")[0].reference == base / "model"
+    assert flat(written["preference"]) != pytest.approx(
+        flat(preference_numbers(scored.of["iter_1"], config.train.beta)), rel=1e-4, abs=1e-5, nan_ok=True
+    )
+
+
+def flat(numbers: dict[str, Any], above: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[above + name] = np.nan if value is None else value
+    return found
+
+
+def test_a_reference_that_has_changed_is_refused(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    shutil.copy(run_dir / "iter_2/hf/model.safetensors", run_dir / "seed/hf/model.safetensors")
+    with pytest.raises(StageError, match=r"seed/hf is not what .*iter_1 was trained against.*--reference"):
+        find_targets(make_config(base, run_dir), run_dir, None)
 
 
 def test_metrics_have_the_names_of_trl_and_start_at_ln_2(finished: tuple[Path, str]) -> None:

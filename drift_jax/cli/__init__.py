@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from drift_jax.cli import data, mine, parts, plan, sharding, stages, tools
+from drift_jax.cli.evaluate import evaluate_app
 from drift_jax.cli.options import build_console
 from drift_jax.cli.processes import across_processes, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
@@ -29,6 +30,7 @@ for command in (mine.mine, tools.presets, tools.doctor, plan.plan):
     app.command()(command)
 app.add_typer(tools.config_app, name="config")
 app.add_typer(data.data_app, name="data")
+app.add_typer(evaluate_app, name="evaluate")
 
 
 def main() -> None:

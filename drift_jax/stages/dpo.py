@@ -18,6 +18,7 @@ from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import build_rules
 from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
+from drift_jax.evaluation.preference import PairLogps, preference_numbers
 from drift_jax.files import write_json
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
@@ -29,6 +30,7 @@ from drift_jax.progress import StageProgress, stage_progress
 from drift_jax.sharding import Layout, build_layout, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 from drift_jax.stages.reference import RefLogps, share_ref_logps, write_ref_logps
+from drift_jax.stages.scoring import pair_logps, score_pairs
 from drift_jax.stages.theory import Probe
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
@@ -76,8 +78,8 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         state = run.start(checkpointer)
         with StageTimer() as timer:
             state = run.fit(state, checkpointer, timer)
-        final = run.evaluate(state)
-    on_main(lambda: write_json(job.out_dir / "eval.json", {"step": steps, "pairs": len(test.pairs), **final}))
+        final, held_out = run.score_held_out(state)
+    on_main(lambda: run.write_evaluation(final, held_out))
     losses = on_main(lambda: [row["loss"] for row in read_metrics(job.out_dir) if "loss" in row])
     return {
         "pairs": len(train.pairs),
@@ -191,10 +193,22 @@ class _Stage:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """`eval_*` metrics of the held-out pairs; empty without such pairs."""
+        return self.score_held_out(state)[0]
+
+    def score_held_out(self, state: TrainState) -> tuple[dict[str, float], PairLogps | None]:
+        """`eval_*` metrics of the held-out pairs, and what they were computed from; nothing without such pairs."""
         if not self.test:
-            return {}
-        scores = self._score(state.params, self.test, "held-out pairs")
-        return evaluate_scores(scores, self.ref.logps[len(self.train) :], self.config.train)
+            return {}, None
+        scores, ref = self._score(state.params, self.test, "held-out pairs"), self.ref.logps[len(self.train) :]
+        return evaluate_scores(scores, ref, self.config.train), pair_logps(self.test, scores.logps, ref)
+
+    def write_evaluation(self, final: dict[str, float], held_out: PairLogps | None) -> None:
+        """`eval.json`: the metrics after the last update, and what the policy prefers against the stage's reference."""
+        found = {"step": self.steps, "pairs": len(self.test), **final}
+        if held_out is not None:
+            numbers = preference_numbers(held_out, self.config.train.beta)
+            found["preference"] = {"reference": str(self.job.reference_dir), **numbers}
+        write_json(self.job.out_dir / "eval.json", found)
 
     def guard(self, step: int, numbers: dict[str, float], watch: RewardWatch) -> None:
         train = self.config.train
@@ -217,21 +231,7 @@ class _Stage:
         return RefLogps(np.concatenate([train.logps, test.logps]), np.concatenate([train.last_logps, test.last_logps]))
 
     def _score(self, params: Any, pairs: list[TokenizedPair], what: str) -> PairScores:
-        """Scores of pairs, in batches for passes without gradient; each is one micro-batch."""
-        t = self.config.train
-        size = t.eval_batch_size or t.batch_size // t.accumulation_steps
-        loader = PairLoader(
-            pairs,
-            np.zeros((len(pairs), 2)),
-            size,
-            1,
-            self.config.data.max_length,
-            split=batch_split(self.trainer.layout),
-            tokens_per_device=t.tokens_per_device,
-            attention=self.trainer.setup.attention.name,
-        )
-        with stage_progress(what, len(pairs), "pairs", console=self.console) as bar:
-            return self.trainer.score_pairs(params, loader, bar.advance)
+        return score_pairs(self.config, self.trainer, params, pairs, what, self.console)
 
     def _open(self, model_dir: Path) -> Any:
         """The parameters of a model directory, in the dtype of the master weights."""

@@ -63,12 +63,12 @@ def sample_stage(
         on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,
         StageTimer() as timer,
     ):
-        on_each(lambda: _refuse_foreign(journals.rows.values(), job, out_dir))
+        on_each(lambda: refuse_foreign(journals.rows.values(), job, out_dir))
         cut = _known_cuts(journals)
         by_id = {record.id: record for record in mine}
 
         def keep(completions: list[Completion]) -> dict[str, str]:
-            rows = [_completion_row(c, tokenizer, needs_logps(config), job) for c in completions]
+            rows = [completion_row(c, tokenizer, needs_logps(config), job) for c in completions]
             journals.append(rows)
             timer.count_tokens(sum(len(c.token_ids) for c in completions))
             return _example(by_id[rows[-1]["id"]], rows[-1]["text"], style_of(config, rows[-1]["sample"]))
@@ -81,9 +81,9 @@ def sample_stage(
             for again in (False, True) if config.sampling.on_cut == "resample" else (False,):
                 what = "sampling cut ones again" if again else "sampling"
                 what += f", 1 of {jax.process_count()} hosts" if per_host else ""
-                completions = _draw(sampler, missing(again), params, keep, what, console)
+                completions = draw(sampler, missing(again), params, keep, what, console)
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
-        count = _merge(journals, every, samples_each(config), out_dir)
+        count = merge(journals, [record.id for record in every], samples_each(config), out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
         "completions": count,
@@ -99,11 +99,11 @@ def _of_all(mine: list[Any], per_host: bool) -> list[Any]:
     return [item for items in gather(mine) for item in items] if per_host else mine
 
 
-def _merge(journals: Journals, records: Sequence[Record], samples: int, out_dir: Path) -> int:
-    """Writes what all hosts have sampled, in the order of the records; the journals can go then."""
+def merge(journals: Journals, ids: Sequence[str], samples: int, out_dir: Path) -> int:
+    """Writes what all hosts have sampled, in the order of the record ids; the journals can go then."""
     shares = gather_packed(list(journals.rows.values()), lambda rows: json.dumps(rows).encode(), json.loads)
     done = {(row["id"], row["sample"]): row for share in shares for row in share}
-    keys = [(record.id, sample) for record in records for sample in range(2 * samples)]  # second draws included
+    keys = [(name, sample) for name in ids for sample in range(2 * samples)]  # second draws included
     rows = [done[key] for key in keys if key in done]
     on_main(lambda: write_jsonl(out_dir / "completions.jsonl", rows))
     journals.remove()
@@ -116,7 +116,7 @@ def _known_cuts(journals: Journals) -> dict[tuple[str, int], bool]:
     return {(name, sample): was_cut for rows in gather(mine) for name, sample, was_cut in rows}
 
 
-def _draw(
+def draw(
     sampler: Sampler,
     missing: list[SampleRequest],
     params: SamplingParams,
@@ -145,7 +145,7 @@ def _second_draws(
     return [SampleRequest(r.row_id, samples_each(config) + r.sample, r.prompt_ids) for r in again]
 
 
-def _completion_row(completion: Completion, tokenizer: ChatTokenizer, logps: bool, job: str) -> dict[str, Any]:
+def completion_row(completion: Completion, tokenizer: ChatTokenizer, logps: bool, job: str) -> dict[str, Any]:
     """The row of a completion, in the journal as in completions.jsonl.
 
     Log-probs are left out but for the mean that a chooser asked for: their last digits may depend on the rows that
@@ -173,7 +173,8 @@ def request_key(job: str, row_id: str, sample: int) -> str:
     return hashlib.sha256(json.dumps([job, row_id, sample]).encode()).hexdigest()[:16]
 
 
-def _refuse_foreign(rows: Iterable[Mapping[str, Any]], job: str, out_dir: Path) -> None:
+def refuse_foreign(rows: Iterable[Mapping[str, Any]], job: str, out_dir: Path) -> None:
+    """Raises `StageError` for rows that another job has left."""
     foreign = [row["id"] for row in rows if row.get("request") != request_key(job, row["id"], row["sample"])]
     if foreign:
         raise StageError(

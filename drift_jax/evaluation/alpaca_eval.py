@@ -1,0 +1,303 @@
+"""AlpacaEval 2 (github.com/tatsu-lab/alpaca_eval): win rates of annotations, and annotating with the package itself.
+
+Win rates are recomputed here without the package, by its definitions. A preference is 1 + P(the model wins):
+
+1. A 0 is a draw, 1.5. What is null or outside [1, 2] is dropped.
+2. `win_rate` is 100 times the mean of preference - 1, `standard_error` that of the mean (ddof 1).
+3. `discrete_win_rate` rounds first, half to even: 1 and 2 are losses and wins, exactly 1.5 is half a win. What rounds
+   to 0 is a draw as well, so that a preference of 0.4 is dropped above and a draw here, as in the package.
+4. `avg_length` is the mean length of the model's outputs in characters, cut to a whole number; those of dropped rows
+   count, an output that is null does not.
+
+The length-controlled win rate is the package's: it needs `df_gamed.csv` of the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drift_jax.config import JudgeConfig
+from drift_jax.endpoint import read_api_key
+from drift_jax.errors import DataError, StageError
+from drift_jax.evaluation.intervals import score_interval
+from drift_jax.evaluation.report import Report, Section, number, with_interval
+from drift_jax.files import atomic_writer, write_json
+
+LC_MISSING = "not computed: needs df_gamed.csv"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # of the published table of AlpacaEval 2
+_DATASET = "tatsu-lab/alpaca_eval"
+_BASELINE = "alpaca_eval_gpt4_baseline.json"
+_GAMED = "df_gamed.csv"
+
+
+def win_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of the published table, from annotations or slimmed rows (`preference`, `len_2`).
+
+    `standard_error` is None for one row. `dropped`: rows without a usable preference.
+
+    Raises:
+      DataError: no row has a usable preference.
+    """
+    preferences = [_preference(row.get("preference")) for row in rows]
+    drawn = [1.5 if value == 0 else value for value in preferences if value is not None]
+    kept = [value - 1 for value in drawn if 1 <= value <= 2]
+    if not kept:
+        raise DataError(f"none of {len(rows)} rows has a preference from 1 to 2: there is nothing to compute.")
+    rounded = [1.5 if round_half(value) == 0 else round_half(value) for value in drawn]
+    discrete = [value - 1 for value in rounded if 1 <= value <= 2]
+    mean = sum(kept) / len(kept)
+    lengths = [length for length in map(_length, rows) if length is not None]
+    interval = score_interval(kept)
+    return {
+        "win_rate": 100 * mean,
+        "standard_error": _standard_error(kept, mean),
+        "n_wins": sum(value > 0.5 for value in kept),
+        "n_wins_base": sum(value < 0.5 for value in kept),
+        "n_draws": sum(value == 1.5 for value in drawn),
+        "n_total": len(kept),
+        "discrete_win_rate": 100 * sum(discrete) / len(discrete),
+        "avg_length": int(sum(lengths) / len(lengths)) if lengths else None,
+        "length_controlled_winrate": LC_MISSING,
+        "win_rate_interval": None if interval is None else [100 * end for end in interval],
+        "dropped": len(rows) - len(kept),
+    }
+
+
+def round_half(value: float) -> float:
+    """To a whole number, half to even; exactly 1.5 is a draw, 0."""
+    return 0.0 if value == 1.5 else float(round(value))
+
+
+def _preference(value: Any) -> float | None:
+    if value is None or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _standard_error(values: Sequence[float], mean: float) -> float | None:
+    """Of the mean, x100."""
+    if len(values) < 2:
+        return None
+    return 100 * math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _length(row: Mapping[str, Any]) -> float | None:
+    if isinstance(row.get("output_2"), str):
+        return len(row["output_2"])
+    return _preference(row.get("len_2"))
+
+
+def build_outputs(prompts: Sequence[Mapping[str, Any]], outputs: Sequence[str], model: str) -> list[dict[str, Any]]:
+    """Rows of `model_outputs.json`, in the order of the prompts."""
+    return [
+        {
+            "dataset": prompt.get("dataset", "alpaca_eval"),
+            "instruction": prompt["instruction"],
+            "output": output,
+            "generator": model,
+        }
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Raises `DataError` unless every row has an instruction, and no two have the same."""
+    bad = [i for i, row in enumerate(rows, 1) if not isinstance(row.get("instruction"), str)]
+    if bad:
+        raise DataError(f"{source}: rows {', '.join(map(str, bad[:20]))} have no instruction.")
+
+
+def hub_file(name: str) -> Path:
+    """A file of the benchmark's dataset on the hub (its prompts are CC-BY-NC). Raises `DataError` without the hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(_DATASET, name, repo_type="dataset"))
+    except Exception as error:  # no network, no such file: the library has many
+        raise DataError(
+            f"the hub did not give {name} of {_DATASET} ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
+        ) from error
+
+
+def baseline_file(given: Path | None) -> Path:
+    """The outputs that the model is compared with, which also hold the prompts. Raises `DataError`."""
+    if given is not None:
+        return given
+    try:
+        return hub_file(_BASELINE)
+    except DataError as error:
+        raise DataError(f"{error} Give the file with --reference-outputs.") from error
+
+
+# --- with the package ---------------------------------------------------------------------------------------
+
+
+def annotate(
+    outputs: Path, reference: Path, judge: JudgeConfig, annotator: str, out_dir: Path, gamed: Path | None
+) -> dict[str, Any]:
+    """Annotates with the package `alpaca-eval` and computes all win rates; annotations stay in `out_dir`.
+
+    The package keeps what was annotated in `out_dir/annotations_cache.json`, 128 rows at a time: a run that was stopped
+    goes on from there.
+
+    Args:
+      annotator: the name of one of the package's annotators, or a directory with one.
+      gamed: `df_gamed.csv`; None: the hub's, and without the hub there is no length-controlled win rate.
+
+    Raises:
+      StageError: the package is missing, or no annotation came of it.
+    """
+    with _environment(judge):
+        package = _package()
+        config = _annotator_config(package, annotator, judge, out_dir)
+        try:
+            _, annotations = package.evaluate(
+                model_outputs=str(outputs),
+                reference_outputs=str(reference),
+                annotators_config=str(config),
+                output_path=None,
+                precomputed_leaderboard=None,
+                is_return_instead_of_print=True,
+                is_cache_leaderboard=False,
+                fn_metric="get_winrate",
+                sort_by="win_rate",
+                caching_path=str(out_dir / "annotations_cache.json"),
+            )
+        except Exception as error:  # of the judge, of its answers, of the package: it has no errors of its own
+            raise StageError(
+                f"alpaca-eval could not annotate with {judge.model} ({type(error).__name__}: {str(error)[:300]}). What "
+                "was annotated is kept; mend the judge and run again."
+            ) from error
+        if not annotations:
+            raise StageError(f"alpaca-eval made no annotations with {judge.model}: look at the judge and run again.")
+        write_json(out_dir / "annotations.json", _plain(annotations))
+        rates = win_rates(annotations)
+        return rates | {"length_controlled_winrate": _length_controlled(package, annotations, gamed)}
+
+
+def check_package() -> None:
+    """Raises `StageError` where the package is missing; it is not imported for that."""
+    if importlib.util.find_spec("alpaca_eval") is None:
+        raise _no_package("it is not installed")
+
+
+def _package() -> Any:
+    try:
+        import alpaca_eval  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _no_package(str(error)) from None
+    return alpaca_eval
+
+
+def _no_package(why: str) -> StageError:
+    return StageError(
+        f"annotating needs the package alpaca-eval ({why}): pip install 'drift-jax[alpaca-eval]'. Without --annotate "
+        "model_outputs.json is written, and --rows FILE computes win rates of annotations."
+    )
+
+
+@contextlib.contextmanager
+def _environment(judge: JudgeConfig) -> Iterator[None]:
+    """The variables that the package and its OpenAI client read; it reads most of them when it is imported."""
+    values = {
+        "OPENAI_API_KEY": read_api_key(judge.api_key_env) or "none",
+        "OPENAI_BASE_URL": judge.base_url,
+        "OPENAI_MAX_CONCURRENCY": str(judge.concurrency),
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir: Path) -> Path:
+    """The package's annotator with the judge's name for its model: the directory `out_dir/annotator`."""
+    shipped = Path(package.constants.EVALUATORS_CONFIG_DIR)
+    source = Path(annotator) if Path(annotator).is_dir() else shipped / annotator
+    try:
+        raw = yaml.safe_load((source / "configs.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"{annotator!r} is no annotator of alpaca-eval ({error}).") from error
+    for config in raw.values():
+        config["completions_kwargs"]["model_name"] = judge.model
+        # OpenAI's names alone are known as chat models to the package.
+        config["completions_kwargs"]["requires_chatml"] = True
+        template = Path(config["prompt_template"])
+        config["prompt_template"] = str(template if template.is_absolute() else shipped / template)
+    folder = out_dir / "annotator"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(folder / "configs.yaml") as file:
+        yaml.safe_dump(raw, file, sort_keys=False)
+    return folder
+
+
+def _length_controlled(package: Any, annotations: Sequence[Mapping[str, Any]], gamed: Path | None) -> float | str:
+    """In per cent, or why there is none."""
+    import pandas as pd  # pyright: ignore[reportMissingImports]
+
+    try:
+        path = gamed or hub_file(_GAMED)
+    except DataError:
+        return LC_MISSING
+    module = package.metrics.glm_winrate
+    # The package knows the hub only; the file that is given stands for its download.
+    download, module.hf_hub_download = module.hf_hub_download, lambda **_: str(path)
+    try:
+        found = module.get_length_controlled_winrate(pd.DataFrame(list(annotations)), save_weights_dir=None)
+    except Exception as error:  # rows that are not the 805 of the benchmark have no difficulty, and the like
+        return f"not computed: {type(error).__name__}: {str(error)[:200]}"
+    finally:
+        module.hf_hub_download = download
+    return float(found["length_controlled_winrate"])
+
+
+def _plain(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """JSON values: NaN, which other readers would refuse, is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    return [plain(row) for row in annotations]
+
+
+def build_report(rates: Mapping[str, Any], model: str, annotator: str) -> Report:
+    """Of `annotate`; `model` is the judge's."""
+    controlled = rates["length_controlled_winrate"]
+    columns = ["", "win rate, %", "length-controlled, %", "SE", "discrete, %", "rows", "length"]
+    cells = [
+        with_interval(rates["win_rate"], rates["win_rate_interval"]),
+        controlled if isinstance(controlled, str) else number(controlled),
+        number(rates["standard_error"]),
+        number(rates["discrete_win_rate"]),
+        str(rates["n_total"]),
+        number(rates["avg_length"], "d"),
+    ]
+    notes = [f"Judge: {model}, annotator {annotator} of alpaca-eval."]
+    if rates["dropped"]:
+        notes.append(f"{rates['dropped']} rows without a usable preference are left out.")
+    data = dict(rates) | {"judge": model, "annotator": annotator}
+    return Report("AlpacaEval 2", [Section("AlpacaEval 2", columns, [["model", *cells]])], notes, data)

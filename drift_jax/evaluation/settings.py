@@ -1,0 +1,69 @@
+"""The configuration of an evaluation: a run's config where there is one, but answers drawn as the benchmark has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drift_jax.config import JudgeConfig, RunConfig, apply_override, build_config, merge_configs, read_yaml
+from drift_jax.errors import ConfigError
+
+# Greedy, as upstream's inference has it. What a training run samples with must not shape a benchmark unseen.
+WILDBENCH = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 4096, "max_input_length": 8192}
+ALPACA_EVAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 2048, "max_input_length": 4096}
+WIN_RATE = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 1024, "max_input_length": 4096}
+_VERDICT_TOKENS = 1024  # of WildBench's judge
+_WHAT_IS_DRAWN = ("n", "chooser", "on_cut", "style")
+
+
+def build_evaluation_config(
+    model: str, out_dir: Path, drawing: Mapping[str, Any], file: Path | None, overrides: Sequence[str]
+) -> RunConfig:
+    """Of `file` the engine, mesh, vLLM and judge are taken; how answers are drawn is `drawing`; `overrides` win.
+
+    Raises:
+      ConfigError: a key is unknown or has an impossible value.
+    """
+    raw = read_yaml(file) if file is not None else {}
+    given = dict(raw.get("sampling") or {})
+    kept = {key: value for key, value in given.items() if key not in (*drawing, *_WHAT_IS_DRAWN)}
+    raw = merge_configs({"judge": {"max_tokens": _VERDICT_TOKENS}}, raw)
+    raw["sampling"] = kept | dict(drawing)
+    for override in overrides:
+        apply_override(raw, override)
+    raw["run_dir"] = str(out_dir)
+    section = dict(raw.get("model") or {})
+    if section.get("path") != model:
+        section.pop("revision", None)  # is one of the config's own model
+    raw["model"] = section | {"path": model}
+    return build_config(raw, source=str(file) if file is not None else "the options")
+
+
+def fit_to_model(config: RunConfig, longest: int | None) -> tuple[RunConfig, str | None]:
+    """The config with prompts and answers that fit the model, and what was changed.
+
+    Args:
+      longest: tokens that the model was made for; None: it does not say.
+    """
+    sampling = config.sampling
+    if longest is None or sampling.max_input_length + sampling.max_new_tokens <= longest:
+        return config, None
+    new = min(sampling.max_new_tokens, max(1, longest // 2))
+    fitted = dataclasses.replace(sampling, max_new_tokens=new, max_input_length=max(1, longest - new))
+    note = (
+        f"the model was made for {longest} tokens: prompts are cut to their last {fitted.max_input_length}, answers "
+        f"end after {new}"
+    )
+    return dataclasses.replace(config, sampling=fitted), note
+
+
+def require_judge(judge: JudgeConfig) -> JudgeConfig:
+    """Raises `ConfigError` unless a server and its model are named."""
+    if not (judge.base_url and judge.model):
+        raise ConfigError(
+            "no judge is named. Give --set judge.base_url=https://HOST/v1 --set judge.model=NAME, and --set "
+            "judge.api_key_env=VARIABLE where the server asks for a key; or a --config with a section judge."
+        )
+    return judge

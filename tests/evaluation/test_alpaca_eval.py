@@ -1,0 +1,122 @@
+"""`drift evaluate alpaca-eval`: outputs, and the package itself against a server on a free port."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drift_jax.evaluation.alpaca_eval import LC_MISSING
+from tests.cli_runs import Drift, drift  # noqa: F401
+from tests.http_servers import Answer, serve
+
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec("alpaca_eval") is None, reason="needs the package alpaca-eval (extra alpaca-eval)"
+)
+
+
+def write_outputs(path: Path, generator: str, texts: list[str]) -> Path:
+    rows = [
+        {"dataset": "own", "instruction": f"Question {i}?", "output": text, "generator": generator}
+        for i, text in enumerate(texts)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def prefers_capital_m(path: str, body: Any) -> Answer:
+    """Log-probs of the two names that the package's annotator asks for: M has three times the chance of m."""
+    top = [{"token": name, "bytes": [ord(name)], "logprob": math.log(p)} for name, p in (("M", 0.75), ("m", 0.25))]
+    choice = {
+        "index": 0,
+        "finish_reason": "length",
+        "message": {"role": "assistant", "content": "M"},
+        "logprobs": {"content": [top[0] | {"top_logprobs": top}]},
+    }
+    usage = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}
+    answer = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"]}
+    return 200, answer | {"choices": [choice], "usage": usage}
+
+
+@needs_package
+def test_the_package_annotates_and_scores(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    ours = write_outputs(tmp_path / "ours.json", "ours", ["abc" * i + "!" for i in range(12)])
+    base = write_outputs(tmp_path / "base.json", "base", ["xy" * i for i in range(11)] + ["abc" * 11 + "!"])
+    with serve(prefers_capital_m) as small:
+        judge = [f"judge.base_url={small.url}", "judge.model=my-instruct", "judge.api_key_env=JUDGE_KEY"]
+        words = [word for key in judge for word in ("--set", key)]
+        words += ["--annotate", "--reference-outputs", base, "--out", tmp_path / "out"]
+        code, out, err = drift("evaluate", "alpaca-eval", ours, *words)
+        assert code == 0, err
+        first = len(small.seen)
+        assert {(path, body["model"]) for path, body in small.seen} == {("/v1/chat/completions", "my-instruct")}
+        report = json.loads((tmp_path / "out/report.json").read_text())
+        # The package draws who is m and who is M; equal outputs are a tie to it, without a question.
+        annotations = json.loads((tmp_path / "out/annotations.json").read_text())
+        values = [row["preference"] for row in annotations]
+        assert len(values) == 12 and values[11] == 1.5 and first == 11
+        assert {round(value, 6) for value in values[:11]} == {1.25, 1.75}
+        assert report["win_rate"] == pytest.approx(100 * (sum(values) / 12 - 1))
+        assert report["length_controlled_winrate"] == LC_MISSING and LC_MISSING.split(":")[0] in out.replace("\n", " ")
+        # Run again: everything is annotated already.
+        assert drift("evaluate", "alpaca-eval", ours, *words)[0] == 0 and len(small.seen) == first
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_file() or "sk-secret" not in path.read_text()
+    code, out, _ = drift("evaluate", "alpaca-eval", "--rows", tmp_path / "out/annotations.json")
+    assert json.loads(out)["win_rate"] == pytest.approx(report["win_rate"])
+    check_package(annotations, report)
+    controlled(tmp_path, annotations)
+
+
+def check_package(annotations: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    import pandas as pd
+    from alpaca_eval.metrics import get_winrate
+
+    found = get_winrate(pd.DataFrame(annotations))
+    for key in ("win_rate", "standard_error", "discrete_win_rate", "n_wins", "n_wins_base", "n_draws", "n_total"):
+        assert report[key] == pytest.approx(float(found[key]), abs=1e-9), key
+
+
+def controlled(tmp_path: Path, annotations: list[dict[str, Any]]) -> None:
+    """With a df_gamed.csv of the hub's form the package computes the length-controlled win rate from it."""
+    import alpaca_eval
+    import pandas as pd
+
+    from drift_jax.evaluation.alpaca_eval import _length_controlled
+
+    gamed = pd.DataFrame(
+        {
+            "model": ["g"] * 24,
+            "index": list(range(12)) * 2,
+            "preference": [0.3, 0.6] * 12,
+            "std_delta_len": [-1.0, 1.5, 0.2] * 8,
+            "instruction_difficulty": [0.1 * i for i in range(12)] * 2,
+            "not_gamed_baseline": [False] * 24,
+        }
+    )
+    gamed.to_csv(tmp_path / "df_gamed.csv", index=False)
+    found = _length_controlled(alpaca_eval, annotations, tmp_path / "df_gamed.csv")
+    assert isinstance(found, float) and 0 < found < 100
+
+
+def test_outputs_that_are_there_are_not_annotated_unasked(tmp_path: Path, drift: Drift) -> None:
+    ours = write_outputs(tmp_path / "ours.json", "ours", ["a", "b"])
+    base = write_outputs(tmp_path / "base.json", "base", ["c", "d"])
+    code, out, err = drift("evaluate", "alpaca-eval", ours, "--reference-outputs", base, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "--annotate compares them" in out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is not None, reason="the package is there")
+def test_without_the_package(tmp_path: Path, drift: Drift) -> None:
+    ours = write_outputs(tmp_path / "ours.json", "ours", ["a"])
+    judge = ["--set", "judge.base_url=http://127.0.0.1:9/v1", "--set", "judge.model=m"]
+    words = ["--annotate", "--reference-outputs", ours, "--out", tmp_path / "out", *judge]
+    code, _, err = drift("evaluate", "alpaca-eval", ours, *words)
+    assert code == 2 and "pip install 'drift-jax[alpaca-eval]'" in " ".join(err.split())
