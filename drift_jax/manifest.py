@@ -18,6 +18,7 @@ from typing import Any, final
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
 from drift_jax.files import remove_leftovers, write_json
+from drift_jax.methods import DEFAULT
 
 MANIFEST_FILE = "manifest.json"
 # Files of a model directory that change what the model computes or how text becomes ids.
@@ -28,6 +29,9 @@ _MODEL_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+# Keys that came later, with what they were before they were written down.
+_LATER = {"recipe.method": DEFAULT}
 
 
 def config_slice(config: RunConfig, prefixes: Iterable[str], excluding: Iterable[str] = ()) -> dict[str, Any]:
@@ -67,7 +71,8 @@ class Manifest:
         """
         entry = self._data["stages"].get(stage)
         if entry is not None:
-            problems = _differences(entry["config"], config) + _differences(entry["inputs"], inputs, "input ")
+            before = {key: value for key, value in _LATER.items() if key in config} | entry["config"]
+            problems = _differences(before, config) + _differences(entry["inputs"], inputs, "input ")
             if problems:
                 raise StageError(
                     f"stage {stage} in {self.path.parent} was made with other values:\n"

@@ -18,7 +18,7 @@ from drift_jax.data.mining import text_rows
 from drift_jax.data.mining.config import MiningConfig, SplitRules
 from drift_jax.data.mining.sources import find_sources
 from drift_jax.records import read_dsat, read_pairs, read_sat
-from drift_jax.stages.inputs import load_dsat_split
+from drift_jax.stages.inputs import load_split
 from drift_jax.stages.mine import MineJob, mine_stage
 from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.mining.utterances import StubDetector, agent, read_file, stub_detector, user, write_rows  # noqa: F401
@@ -78,7 +78,7 @@ def test_a_run_reads_the_records_as_they_are(drift: Drift, labelled: Path, tmp_p
     """The loader of `drift run` and `drift sample` holds exactly the test side out."""
     stats = mine(drift, labelled, "--out", tmp_path / "out")
     config = build_config({"run_dir": "r", "model": {"path": "m"}, "data": {"test_rows": stats["test_rows"]}})
-    split = load_dsat_split(config, str(tmp_path / "out/dsat.jsonl"))
+    split = load_split(config, str(tmp_path / "out/dsat.jsonl"))
     assert {record.extra["meta"]["split"] for record in split.train} == {"train"}
     assert {record.extra["meta"]["split"] for record in split.test} == {"test"}
     record = split.train[0]
