@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from drift_jax.errors import ConfigError
+from drift_jax.methods import DEFAULT, load_method, method_names
 from drift_jax.presets import apply_preset
 from drift_jax.yaml_files import parse_yaml, read_yaml
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
 _HOTTEST = 2.0  # of a vLLM server
+_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")  # MODULE:FUNCTION
 DType = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -56,10 +59,11 @@ class DataConfig:
     __pydantic_config__ = _FORBID_EXTRA
 
     dsat: str = ""  # JSONL of DSAT records
+    sat: str = ""  # JSONL of SAT records, for methods that take logged replies which users were happy with
     seed_train: str | None = None  # JSONL of seed pairs (DSAT -> SAT); null: the run has no seed stage
     seed_test: str | None = None  # JSONL of held-out seed pairs
-    test_rows: NonNegativeInt = 100  # the first rows of `dsat` are held out, unshuffled (recipe of the authors)
-    max_rows: PositiveInt | None = None  # use at most this many training rows of `dsat`; null: all
+    test_rows: NonNegativeInt = 100  # the first rows of these are held out, unshuffled (recipe of the authors)
+    max_rows: PositiveInt | None = None  # use at most this many training rows of them; null: all
     max_length: PositiveInt = 2048  # tokens of prompt + completion
     max_prompt_length: PositiveInt = 1024  # tokens of the prompt, where `truncation` looks at it
     # How text becomes ids, how a completion ends, what is cut: see `drift presets`; the preset gives the defaults.
@@ -77,6 +81,8 @@ class RecipeConfig:
 
     __pydantic_config__ = _FORBID_EXTRA
 
+    method: str = DEFAULT  # where both replies of a pair come from: a file of drift_jax/methods/
+    ranker: str = "logprob"  # of two drawn replies: logprob, judge, or MODULE:FUNCTION of (record, reply) -> score
     iterations: NonNegativeInt = 2  # K
     reference: Literal["previous", "initial"] = "previous"  # previous: policy_{k-1}; initial: `model.path`
     seed_epochs: PositiveFloat = 3  # epochs over the seed pairs; an iteration takes `train.epochs`
@@ -112,7 +118,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A model behind an OpenAI-compatible server that compares completions (`sampling.chooser: judge`)."""
+    """A model behind an OpenAI-compatible server that compares completions (chooser or ranker `judge`)."""
 
     __pydantic_config__ = _FORBID_EXTRA
 
@@ -235,6 +241,17 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class TheoryConfig:
+    """What Lemma 1 speaks of, measured while a stage trains (`drift_jax/theory.py`); nothing of it changes a result."""
+
+    __pydantic_config__ = _FORBID_EXTRA
+
+    every: PositiveInt | Literal["epoch", "end"] | None = None  # updates between measurements; null: off, at no cost
+    pairs: PositiveInt = 16  # training pairs that are measured, the same ones all along
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.25  # the least sigma(-s) of pairs that still push
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `drift run` needs."""
 
@@ -253,6 +270,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    theory: TheoryConfig = field(default_factory=TheoryConfig)
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
@@ -318,6 +336,7 @@ def check_config(config: RunConfig) -> None:
         )
     if sampling.chooser == "judge" and not (config.judge.base_url and config.judge.model):
         problems.append("sampling.chooser is judge: name its server and model in judge.base_url and judge.model.")
+    problems += _method_problems(config)
     needed = config.sampling.max_input_length + config.sampling.max_new_tokens
     if config.vllm.max_model_len is not None and config.vllm.max_model_len < needed:
         problems.append(
@@ -336,6 +355,23 @@ def check_config(config: RunConfig) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _method_problems(config: RunConfig) -> list[str]:
+    recipe, judge = config.recipe, config.judge
+    if recipe.method not in method_names():
+        return [f"recipe.method must be one of {', '.join(method_names())}, found {recipe.method!r}."]
+    problems, method = [], load_method(recipe.method, config.sampling.style)
+    if config.sampling.chooser == "judge" and method.records == "sat":
+        problems.append(
+            f"sampling.chooser is judge, whose question shows a complaint; the records of method {recipe.method} have "
+            "none. Take another chooser."
+        )
+    if recipe.ranker not in ("logprob", "judge") and not _FUNCTION.fullmatch(recipe.ranker):
+        problems.append(f"recipe.ranker must be logprob, judge or MODULE:FUNCTION, found {recipe.ranker!r}.")
+    if method.ranks and recipe.ranker == "judge" and not (judge.base_url and judge.model):
+        problems.append("recipe.ranker is judge: name its server and model in judge.base_url and judge.model.")
+    return problems
 
 
 def config_to_yaml(config: RunConfig) -> str:
@@ -366,6 +402,7 @@ _SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "export": ExportConfig,
     "tracking": TrackingConfig,
+    "theory": TheoryConfig,
 }
 
 

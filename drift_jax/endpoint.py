@@ -59,6 +59,7 @@ class Endpoint:
     Args:
       base_url: with the `/v1` of the protocol, such as http://127.0.0.1:8000/v1.
       timeout_s: for an answer to begin; connecting has its own, shorter one.
+      wait_turn: called before every request that is sent, repeated ones too; it may wait, or raise.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class Endpoint:
         timeout_s: float = 600.0,
         retry: Retry | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        wait_turn: Callable[[], None] | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._api_key, self._timeout_s = api_key, timeout_s
-        self._retry, self._sleep = retry or Retry(), sleep
+        self._retry, self._sleep, self._wait_turn = retry or Retry(), sleep, wait_turn
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
@@ -92,7 +94,7 @@ class Endpoint:
 
     def beside(self, base_url: str, retry: Retry | None = None) -> Endpoint:
         """Another address of the same server, with the same key; its own `retry` if it is given."""
-        return Endpoint(base_url, self._api_key, self._timeout_s, retry or self._retry, self._sleep)
+        return Endpoint(base_url, self._api_key, self._timeout_s, retry or self._retry, self._sleep, self._wait_turn)
 
     def _repeat(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         for attempt in range(self._retry.attempts):
@@ -106,6 +108,8 @@ class Endpoint:
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         url = self.base_url + path
+        if self._wait_turn is not None:
+            self._wait_turn()
         try:
             answer = self._client.request(method, url, json=body)
         except httpx2.HTTPError as error:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 _ATTEMPTS = 3  # at an answer that can be used; connections have their own (`Retry`)
 _SHOWN = 200  # characters of an answer in an error
-# What servers say to a parameter that they do not know; 500: vLLM without a package that its structured output needs.
+# What servers say to a parameter that they do not know; 500 is vLLM's word where its library for grammars is not there.
 _REFUSED = frozenset({400, 404, 422, 500, 501})
 
 
@@ -81,17 +81,22 @@ class MalformedError(EndpointError):
 
 @final
 class Judge:
-    """The server and model of section `judge`. Threads may share it.
+    """The server and model of section `judge`. Threads may share it. `retry`, `sleep` and `wait_turn` as in `Endpoint`.
 
     Raises:
       ConfigError: the environment variable with the API key is not set.
     """
 
     def __init__(
-        self, config: JudgeConfig, retry: Retry | None = None, sleep: Callable[[float], None] = time.sleep
+        self,
+        config: JudgeConfig,
+        retry: Retry | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        wait_turn: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
-        self._endpoint = Endpoint(config.base_url, read_api_key(config.api_key_env), config.timeout_s, retry, sleep)
+        key = read_api_key(config.api_key_env)
+        self._endpoint = Endpoint(config.base_url, key, config.timeout_s, retry, sleep, wait_turn)
         self._structured = True
 
     def ask(self, prompt: str, schema: Mapping[str, Any] | None, read: Callable[[dict[str, Any]], T]) -> T:
@@ -139,7 +144,7 @@ class Judge:
             try:
                 return _content(self._endpoint.post("/chat/completions", body | {"response_format": form}))
             except EndpointError as error:
-                # These may have other causes; the request without a schema then says so once more.
+                # A 404 or a 400 may have other causes; the request without a schema then says so once more.
                 if error.status not in _REFUSED:
                     raise
             answer = _content(self._endpoint.post("/chat/completions", body))

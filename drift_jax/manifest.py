@@ -21,6 +21,7 @@ from typing import Any, final
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
 from drift_jax.files import remove_leftovers, write_json
+from drift_jax.methods import DEFAULT
 
 MANIFEST_FILE = "manifest.json"
 # Files of a model directory that change what the model computes or how text becomes ids.
@@ -32,6 +33,9 @@ _MODEL_FILES = (
     "generation_config.json",
 )
 _PACKAGES = ("drift-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "vllm")
+
+# Keys that came later, with what they were before they were written down.
+_LATER = {"recipe.method": DEFAULT}
 
 
 def config_slice(config: RunConfig, prefixes: Iterable[str], excluding: Iterable[str] = ()) -> dict[str, Any]:
@@ -71,7 +75,8 @@ class Manifest:
         """
         entry = self._data["stages"].get(stage)
         if entry is not None:
-            problems = _differences(entry["config"], config) + _differences(entry["inputs"], inputs, "input ")
+            before = {key: value for key, value in _LATER.items() if key in config} | entry["config"]
+            problems = _differences(before, config) + _differences(entry["inputs"], inputs, "input ")
             if problems:
                 raise StageError(
                     f"stage {stage} in {self.path.parent} was made with other values:\n"

@@ -24,7 +24,7 @@ _SAMPLE_LINES, _SAMPLE_WIDTH = 6, 500  # at most so many lines and characters
 class StageProgress(abc.ABC):
     """Counts the units (rows, updates, ...) of one stage; made by `stage_progress`."""
 
-    def __init__(self, description: str, total: int, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, clock: Callable[[], float]) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.count = 0
         self.text = ""
@@ -55,8 +55,8 @@ class StageProgress(abc.ABC):
 
     @property
     def seconds_left(self) -> float | None:
-        """At the present rate; None while there is no rate."""
-        return (self.total - self.count) / self.rate if self.rate else None
+        """At the present rate; None while there is no rate, or no total."""
+        return (self.total - self.count) / self.rate if self.rate and self.total is not None else None
 
     def status(self) -> str:
         """Count, rate, time gone, time left and the live text in one line."""
@@ -70,7 +70,8 @@ class StageProgress(abc.ABC):
         return self._line(f"{rate}, {word} {_clock_text(self.seconds)}")
 
     def _line(self, times: str) -> str:
-        return f"{self.count}/{self.total} {self.unit}, {times}" + (f", {self.text}" if self.text else "")
+        count = str(self.count) if self.total is None else f"{self.count}/{self.total}"
+        return f"{count} {self.unit}, {times}" + (f", {self.text}" if self.text else "")
 
     def show_sample(self, parts: Mapping[str, str]) -> None:
         """Prints an example of what is being made, such as {"prompt": ..., "sampled": ...}: the first and one a minute.
@@ -97,7 +98,9 @@ class StageProgress(abc.ABC):
 class _BarProgress(StageProgress):
     """A live bar; `bar` draws and refreshes it, also between two updates."""
 
-    def __init__(self, bar: Progress, description: str, total: int, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, bar: Progress, description: str, total: int | None, unit: str, clock: Callable[[], float]
+    ) -> None:
         super().__init__(description, total, unit, clock)
         self._bar = bar
         self._task = bar.add_task(description, total=total, status=self.status)
@@ -127,7 +130,7 @@ class _LineProgress(StageProgress):
         console: Console,
         seconds_between: float,
         description: str,
-        total: int,
+        total: int | None,
         unit: str,
         clock: Callable[[], float],
     ) -> None:
@@ -136,7 +139,7 @@ class _LineProgress(StageProgress):
         self._last_line = self._start
 
     def _show(self) -> None:
-        if self._clock() - self._last_line >= self._seconds_between and self.count < self.total:
+        if self._clock() - self._last_line >= self._seconds_between and self.count != self.total:
             self._last_line = self._clock()
             self.print_line(self.status())
 
@@ -150,7 +153,7 @@ class _LineProgress(StageProgress):
 @contextmanager
 def stage_progress(
     description: str,
-    total: int,
+    total: int | None,
     unit: str = "steps",
     *,
     console: Console | None = None,
@@ -161,7 +164,7 @@ def stage_progress(
 
     Args:
       total: units this process will do from now on. A resumed stage passes what is left, so that the rate
-        and the time left are those of the work in front of it.
+        and the time left are those of the work in front of it. None: not known.
       unit: plural noun for the count, such as "rows".
 
     Processes other than 0 of a multi-host run print nothing.

@@ -1,10 +1,13 @@
-"""The method: a seed stage, then K iterations of sampling chosen responses and DPO against the logged ones.
+"""The recipe: a seed stage, then K iterations of sampling responses, pairing them and DPO on the pairs.
 
     policy_0 = DPO(model, seed pairs)
     for k = 1..K:
         chosen   ~ policy_{k-1}( . | dialogue + logged reply + complaint + "improve")
         rejected = the logged reply the user complained about
         policy_k = one epoch of DPO from policy_{k-1} on these pairs
+
+That is `recipe.method: drift`. The others differ in where chosen and rejected come from, and in nothing else: a
+function each in `methods/`.
 
 Every stage leaves files in the run directory; running the same command again skips what is finished, resumes what
 was interrupted, and refuses what was made with another config (`manifest.py`).
@@ -26,7 +29,6 @@ from rich.text import Text
 
 from drift_jax.config import RunConfig, config_to_yaml
 from drift_jax.distributed import on_each, on_main
-from drift_jax.errors import ConfigError
 from drift_jax.manifest import Manifest
 from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
@@ -38,7 +40,7 @@ from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.export import export_stage
 from drift_jax.stages.identity import export_identity, sample_identity, sampling_job, train_identity
-from drift_jax.stages.inputs import Summary, load_dsat_split, open_tokenizer, run_lock
+from drift_jax.stages.inputs import Summary, load_split, open_tokenizer, records_path, run_lock
 from drift_jax.stages.pair import check_choosing, pair_stage
 from drift_jax.stages.sample import sample_stage
 from drift_jax.stages.showcase import showcase_stage
@@ -55,8 +57,8 @@ def run(config: RunConfig, console: Console, part: Part | None = None) -> Path:
       DriftError: see the stages; whatever was finished before stays, and the same command goes on from there.
       PartEnd: the next stage is not one of this part.
     """
-    if not config.data.dsat and config.recipe.iterations:
-        raise ConfigError("data.dsat is empty: name a JSONL file of DSAT records, or set recipe.iterations to 0.")
+    if config.recipe.iterations:
+        records_path(config)
     run_dir = Path(config.run_dir)
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         # An iteration compiles what the one before compiled; so does a run that is resumed.
@@ -97,7 +99,7 @@ def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
     for path in filter(None, (config.data.seed_train, config.data.seed_test)):
         read_pairs(path, config.data.on_bad_row)
     if config.recipe.iterations:
-        load_dsat_split(config, config.data.dsat)
+        load_split(config, str(records_path(config)))
         check_choosing(config)
 
 
@@ -128,16 +130,17 @@ class Recipe:
     def iterate(self, iteration: int, policy: Path, initial: Path) -> Path:
         """One iteration: sample, pair, train, export. Returns policy_k."""
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
-        dsat = Path(self.config.data.dsat)
-        keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, dsat))
+        records = records_path(self.config)
+        keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, records))
         job = sampling_job(self.config, inputs)
-        sample = partial(sample_stage, self.config, policy, str(dsat), out_dir, self.console, job)
+        sample = partial(sample_stage, self.config, policy, str(records), out_dir, self.console, job)
         self._stage(f"{name}/sample", keys, inputs, sample, "sampling")
-        pair = partial(pair_stage, self.config, inputs["policy"], str(dsat), out_dir, self.console)
+        pair = partial(pair_stage, self.config, inputs["policy"], str(records), out_dir, self.console)
         self._stage(f"{name}/pair", keys, inputs, lambda: on_main(pair))
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
         pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
-        job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs)
+        earlier = tuple(self.run_dir / of for of in ("seed", *(f"iter_{k}" for k in range(1, iteration))))
+        job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs, earlier)
         return self._train_and_export(name, job, {"recipe.reference": self.config.recipe.reference})
 
     def show(self, initial: Path, policy: Path) -> None:

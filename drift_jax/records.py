@@ -8,6 +8,8 @@ TRL's conversational preference data, so files go to and from TRL unchanged:
             "user_preference": {"role": "user", "content"}, ...}
     pair   {"prompt": [...], "chosen": [{"role": "assistant", "content"}], "rejected": [...],
             "meta": {...}, ...}
+    SAT    {"id", "prompt": [...], "chosen": [{"role": "assistant", "content"}],
+            "user_preference": {"role": "user", "content"}, ...}    a logged reply that a user was happy with
 
 Rows are validated while they are read, one line at a time; all rows that break the format are collected and
 reported together, each with its line. Files are written under a temporary name, then renamed.
@@ -30,9 +32,10 @@ OnBadRow = Literal["error", "skip"]
 RecordT = TypeVar("RecordT")
 
 ROLES = ("system", "user", "assistant")
-_LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
+LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
 _DSAT_KEYS = ("prompt", "rejected", "user_preference")
 _PAIR_KEYS = ("prompt", "chosen", "rejected")
+_SAT_KEYS = ("prompt", "chosen", "user_preference")
 _ABSENT = object()  # a missing key, which is reported once for the whole row
 
 
@@ -53,6 +56,17 @@ class DsatRecord:
     rejected: str
     user_preference: str
     extra: Row = field(default_factory=dict)  # the row's other top-level keys (source, licence, ...)
+
+
+@dataclass(frozen=True)
+class SatRecord:
+    """A dialogue that ends with a user turn, the logged reply, and what the user then was happy about."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    user_preference: str
+    extra: Row = field(default_factory=dict)  # the row's other top-level keys
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,11 @@ def read_dsat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[DsatReco
     return _read(Path(path), on_bad_row, _dsat_problems, _dsat_from_row)
 
 
+def read_sat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[SatRecord]:
+    """Reads SAT records. Arguments and errors as in `read_dsat`."""
+    return _read(Path(path), on_bad_row, _sat_problems, _sat_from_row)
+
+
 def read_pairs(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[Pair]:
     """Reads pairs. Their id is `meta.id`, else a top-level `id`, else a hash of the content.
 
@@ -125,6 +144,17 @@ def dsat_to_row(record: DsatRecord) -> Row:
         "user_preference": {"role": "user", "content": record.user_preference},
     }
     identity = {} if record.id == _content_id(row, _DSAT_KEYS) else {"id": record.id}
+    return {**identity, **row, **record.extra}
+
+
+def sat_to_row(record: SatRecord) -> Row:
+    """The row that `read_sat` reads back as the same record."""
+    row: Row = {
+        "prompt": messages_to_rows(record.prompt),
+        "chosen": [{"role": "assistant", "content": record.chosen}],
+        "user_preference": {"role": "user", "content": record.user_preference},
+    }
+    identity = {} if record.id == _content_id(row, _SAT_KEYS) else {"id": record.id}
     return {**identity, **row, **record.extra}
 
 
@@ -230,7 +260,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _refuse_other_files(path: Path, first_line: bytes) -> None:
-    if first_line.startswith(_LFS_HEADER):
+    if first_line.startswith(LFS_HEADER):
         raise DataError(
             f"{path} is a git-LFS pointer, not the data: run `git lfs pull` in its repository and try again."
         )
@@ -280,6 +310,16 @@ def _dsat_problems(row: Row) -> list[str]:
         _missing(row, _DSAT_KEYS)
         + _prompt_problems(row.get("prompt", _ABSENT))
         + _reply_problems(row.get("rejected", _ABSENT), "rejected")
+        + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
+        + _id_problems(row, "id")
+    )
+
+
+def _sat_problems(row: Row) -> list[str]:
+    return (
+        _missing(row, _SAT_KEYS)
+        + _prompt_problems(row.get("prompt", _ABSENT))
+        + _reply_problems(row.get("chosen", _ABSENT), "chosen")
         + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
         + _id_problems(row, "id")
     )
@@ -381,6 +421,16 @@ def _dsat_from_row(row: Row) -> DsatRecord:
         rejected=row["rejected"][0]["content"],
         user_preference=row["user_preference"]["content"],
         extra={key: value for key, value in row.items() if key not in ("id", *_DSAT_KEYS)},
+    )
+
+
+def _sat_from_row(row: Row) -> SatRecord:
+    return SatRecord(
+        id=str(row["id"]) if "id" in row else _content_id(row, _SAT_KEYS),
+        prompt=_messages(row["prompt"]),
+        chosen=row["chosen"][0]["content"],
+        user_preference=row["user_preference"]["content"],
+        extra={key: value for key, value in row.items() if key not in ("id", *_SAT_KEYS)},
     )
 
 

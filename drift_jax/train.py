@@ -37,8 +37,9 @@ from drift_jax.models.logps import choose_tile, token_logps
 from drift_jax.models.policy import bind
 from drift_jax.models.qwen import abstract_params
 from drift_jax.models.stack import resolve_scan
-from drift_jax.optim import apply_gradients, build_optimizer, build_schedule
+from drift_jax.optim import apply_gradients, build_optimizer, build_schedule, global_norm
 from drift_jax.sharding import Layout, constrain, put, replicated, use_layout
+from drift_jax.theory import PairGradients
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -210,6 +211,22 @@ def score_step(setup: StepSetup, params: dict[str, Any], batch: PairBatch) -> Pa
     return jax.lax.fori_loop(0, batch.micro_batches, one, PairScores(zeros[0], zeros[0], zeros[1], zeros[1]))
 
 
+def measure_step(
+    setup: StepSetup, params: dict[str, Any], batch: PairBatch
+) -> tuple[Float[Array, "2"], Float[Array, ""]]:
+    """Of a batch's only pair: both log-probs, and the norm of the gradient of their difference (theory.py)."""
+    micro = micro_batch(batch, jnp.int32(0))
+
+    def difference(grads: dict[str, Any]) -> tuple[Float[Array, ""], Float[Array, "2"]]:
+        token_logps = completion_token_logps(setup, params, micro, grads)
+        logps = sum_by_completion(token_logps, micro.owners, micro.owners >= 0, len(batch.real))[0]
+        return logps[0] - logps[1], logps
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, setup.config.gradient_dtype), params)
+    grads, logps = jax.grad(difference, has_aux=True)(zeros)
+    return logps, global_norm(grads)
+
+
 @final
 class Trainer:
     """A policy with its optimizer on a mesh: the one place where jit, shardings and donation are applied."""
@@ -239,6 +256,7 @@ class Trainer:
             partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(layout))
         )
         self.jitted_score = jax.jit(partial(score_step, self.setup), out_shardings=replicated(layout))
+        self.jitted_measure = jax.jit(partial(measure_step, self.setup), out_shardings=replicated(layout))
 
     def _abstract_state(self, params: dict[str, Any]) -> TrainState:
         """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
@@ -302,6 +320,21 @@ class Trainer:
         for rows, parts in waiting:
             collect(rows, parts)
         return scores
+
+    def measure_pairs(
+        self, params: dict[str, Any], loader: PairLoader, on_pair: Callable[[int], None] | None = None
+    ) -> PairGradients:
+        """Of each pair of a loader of single pairs, in their order, on the host."""
+        count = len(loader.pairs)
+        found = PairGradients(np.empty((count, 2)), np.empty(count))
+        for (row,), batch in loader.by_length():
+            with use_layout(self.layout):
+                # One after the other: each holds a set of gradients.
+                logps, norm = jax.device_get(self.jitted_measure(params, put_batch(batch, self.layout)))
+            found.logps[row], found.norms[row] = logps, norm
+            if on_pair is not None:
+                on_pair(1)
+        return found
 
     def fit(
         self, state: TrainState, loader: PairLoader, total_steps: int

@@ -10,6 +10,10 @@ the peer's runs take turns in one process each, after a first one that compiles 
 token a row, `decode_tokens_per_s` what comes after. `ratio` is ours over the peer's. The hf peer is transformers'
 `generate` with a KV cache and left padding, in --peer-python (default: this one); the vllm peer is a server started
 with it, by the same code as `sampling.engine: vllm`.
+
+`bound_tokens_per_s` is what the device could do at best: its own rate of a large product and of reading memory, both
+measured in this run, and the products and bytes that the prompts and each step need (scripts/peers/roof.py).
+`share_of_bound` is ours relative to it, `decode_share_of_bound` that of decoding alone.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))  # runs from a checkout that is not installed
+sys.path[:0] = [str(REPO), str(REPO / "scripts" / "peers")]  # runs from a checkout that is not installed
 
 if TYPE_CHECKING:
     from drift_jax.sampling.base import Sampler
@@ -183,6 +187,26 @@ def measure(timed: list[Timed | None], prompts: list[list[int]], new: int, repea
     return found
 
 
+def measure_bound(model: Path, dtype: str, prompts: list[int], new: int, ours: dict[str, float]) -> dict[str, float]:
+    """The keys of a line that speak of the device's own limits."""
+    import jax.numpy as jnp
+    from roof import bound_decode_s, bound_prefill_s, measure_roof
+
+    from drift_jax.models.hf import load_qwen_config
+
+    roof, config, itemsize = measure_roof(dtype), load_qwen_config(model), jnp.dtype(dtype).itemsize
+    prefill = bound_prefill_s(roof, config, prompts, itemsize)
+    decode = bound_decode_s(roof, config, prompts, new, itemsize)
+    bound, decode_bound = len(prompts) * new / (prefill + decode), len(prompts) * new / decode
+    return {
+        "product_gflops_per_s": round(roof.flops_per_s / 1e9, 1),
+        "memory_gb_per_s": round(roof.bytes_per_s / 1e9, 1),
+        "bound_tokens_per_s": round(bound, 1),
+        "share_of_bound": round(ours["tokens_per_s"] / bound, 3),
+        "decode_share_of_bound": round(ours["decode_tokens_per_s"] / decode_bound, 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=REPO / ".cache" / "demo_model")
@@ -214,6 +238,8 @@ def main() -> None:
         row: dict[str, Any] = {"engine": args.engine, "batch": batch, **ours, "peer": args.peer}
         row |= {f"peer_{name}": value for name, value in theirs.items()}
         row["ratio"] = round(ours["tokens_per_s"] / theirs["tokens_per_s"], 3) if theirs else None
+        lengths = [len(prompt) for prompt in prompts[:batch]]
+        row |= measure_bound(args.model, args.dtype, lengths, args.new_tokens, ours)
         row |= {"new_tokens": args.new_tokens, "prompt_tokens": sum(map(len, prompts[:batch])), "dtype": args.dtype}
         print(json.dumps(row), flush=True)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.cli_runs import Drift, base, change_config, drift, model_dir  # noqa: F401
 from tests.tiny_pairs import build_tiny_policy
 
-COMMANDS = ("run", "sample", "train", "export", "mesh", "presets", "config", "report", "card", "doctor")
+COMMANDS = ("run", "sample", "train", "export", "mesh", "mine", "data", "presets", "config", "report", "card", "doctor")
 CHOICES = ("drift", "paper", "trl1", "generation_prompt", "trl0.12.0-0.12.2", "group_token_mean", "nonzero")
 
 

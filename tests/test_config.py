@@ -36,9 +36,9 @@ KEYS = """
 run_dir
 model.path model.revision model.compute_dtype model.remat model.scan_layers model.attention model.pad_embedding
 preset
-data.dsat data.seed_train data.seed_test data.test_rows data.max_rows data.max_length data.max_prompt_length
+data.dsat data.sat data.seed_train data.seed_test data.test_rows data.max_rows data.max_length data.max_prompt_length
 data.template data.eos data.truncation data.on_bad_row
-recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
+recipe.method recipe.ranker recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
 sampling.chooser sampling.longest_within sampling.on_cut sampling.max_similarity sampling.max_repetition
 sampling.other_speakers sampling.same_language
@@ -61,6 +61,7 @@ mesh.data mesh.fsdp mesh.tensor mesh.sequence mesh.strategy mesh.rules
 checkpoint.every_steps checkpoint.keep
 export.dtype export.max_shard_gib
 tracking.log_every tracking.trackers tracking.project
+theory.every theory.pairs theory.tau
 """.split()  # noqa: SIM905 - a list of 90 lines would hide the sections
 
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "model": {"path": "somewhere"}}

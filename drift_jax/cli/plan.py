@@ -138,15 +138,16 @@ def run_plan(
             return [plan_row(config, architecture, where, on_program=on_program)], None
     from drift_jax.plan.show import label
 
-    with stage_progress(f"compiling for {where.name}", max_compiles + 1, "choices", console=console) as bar:
+    total = max_compiles + 1
+    with stage_progress(f"compiling for {where.name}", total, "choices", console=console) as bar:
 
         def show(row: Row) -> None:
-            if bar.count < bar.total:
+            if bar.count < total:
                 needs = f"{row.hbm_gib_per_chip:.2f} GiB" if row.hbm_gib_per_chip else "cannot be split"
                 bar.advance(1, f"{label(row)}: {needs}{'' if row.fits else ', does not fit'}")
 
         choice = search_plan(config, architecture, where, max_compiles, show)
-        bar.advance(bar.total - bar.count)
+        bar.advance(total - bar.count)
     return choice.rows, choice
 
 

@@ -66,15 +66,15 @@ def run(
 def sample(
     config: ConfigFile,
     model: ModelDir,
-    input: Annotated[Path, typer.Option("--input", help="JSONL of DSAT records.")],
+    input: Annotated[Path, typer.Option("--input", help="JSONL of DSAT records (SAT ones for method spin).")],
     out: OutDir,
     overrides: Overrides = None,
     on_bad_row: OnBadRow = None,
 ) -> None:
-    """Samples chosen responses for DSAT records and writes pairs.train.jsonl and pairs.test.jsonl."""
+    """Samples replies for logged records, by `recipe.method`, and writes pairs.train.jsonl and pairs.test.jsonl."""
     from drift_jax.manifest import Manifest
     from drift_jax.stages.identity import sample_identity, sampling_job
-    from drift_jax.stages.inputs import load_dsat_split, open_tokenizer, run_lock
+    from drift_jax.stages.inputs import load_split, open_tokenizer, run_lock
     from drift_jax.stages.pair import check_choosing, pair_stage
     from drift_jax.stages.sample import sample_stage
 
@@ -85,7 +85,7 @@ def sample(
     # All that the user can mend is refused before anything is written.
     on_main(lambda: check_choosing(resolved))
     on_main(lambda: open_tokenizer(model_dir) and None)
-    on_main(lambda: load_dsat_split(resolved, str(input)) and None)
+    on_main(lambda: load_split(resolved, str(input)) and None)
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
         keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))

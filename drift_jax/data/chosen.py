@@ -1,4 +1,4 @@
-"""What may not become a chosen response: rules on the text of a completion, each with the reason that it gives.
+"""What may not become a reply of a pair: rules on the text of a completion, each with the reason that it gives.
 
 A rule that refuses too much costs good pairs, so each is built to let natural replies pass. Tried on 572 real ones
 (198 logged replies of people and models, 171 replies after the complaint, 203 earlier turns) they refuse none. Labels
@@ -18,7 +18,7 @@ from rapidfuzz import fuzz
 
 from drift_jax.config import SamplingConfig
 from drift_jax.errors import ConfigError
-from drift_jax.records import DsatRecord
+from drift_jax.methods import Record, logged_reply
 
 EMPTY = "empty"
 SAME = "same as rejected"
@@ -27,6 +27,8 @@ CUT = "cut by length"
 REPEATS = "repeats itself"
 SPEAKER = "speaks for another"
 LANGUAGE = "other language"
+# The same, where the logged reply is the chosen one.
+_AGAINST_CHOSEN = {SAME: "same as chosen", NEAR: "near the chosen"}
 
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+).*?(?:^ {0,3}\1[`~]* *$|\Z)", re.MULTILINE | re.DOTALL)
 # A turn of somebody else, as the plain prompt of style `paper` and base models write it: "User: ...", "**Human:** ...".
@@ -62,13 +64,28 @@ class Candidate:
     control_token: str | None = None  # a control token in the midst of the reply, which the text does not show
 
 
-def refusal(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> str | None:
-    """Why a completion cannot be a chosen response, by the first rule that refuses it; None when it can.
+def refusal(
+    candidate: Candidate, record: Record, sampling: SamplingConfig, logged: str | None = "rejected"
+) -> str | None:
+    """Why a completion cannot be in a pair, by the first rule that refuses it; None when it can.
+
+    Args:
+      logged: the side of the pair that the logged reply is, with which a completion is compared; None: neither.
 
     Raises:
       ConfigError: `sampling.same_language` needs a library that is not installed.
     """
-    return next((reason for reason, rule in RULES.items() if rule(candidate, record, sampling)), None)
+    for reason, rule in RULES.items():
+        compares = reason in _AGAINST_CHOSEN
+        if not (compares and logged is None) and rule(candidate, record, sampling):
+            return _AGAINST_CHOSEN[reason] if compares and logged == "chosen" else reason
+    return None
+
+
+def alike(text: str, other: str, sampling: SamplingConfig) -> bool:
+    """Whether two completions are equal, or more alike than `sampling.max_similarity`."""
+    most = sampling.max_similarity
+    return _flat(text) == _flat(other) or (most < 1 and similarity(text, other) > most)
 
 
 def similarity(a: str, b: str) -> float:
@@ -105,7 +122,7 @@ def repetition(text: str, of_signs: bool = True) -> float:
     return longest / max(1, len(flat))
 
 
-def speaks_for_another(text: str, record: DsatRecord) -> bool:
+def speaks_for_another(text: str, record: Record) -> bool:
     """Whether a reply goes on with the turn of another speaker.
 
     That is a line that opens with `User:` or `Human:`, with `Assistant:` after the first line, or with a marker of a
@@ -133,15 +150,19 @@ def _in_list_of_labels(lines: list[str], index: int) -> bool:
     return any(_OTHER_LABEL.match(line) for line in before + after) and not any(map(_LABEL.match, after))
 
 
-def speaks_another_language(text: str, record: DsatRecord) -> bool:
+def speaks_another_language(text: str, record: Record) -> bool:
     """Whether reply and the user's last messages are long enough to tell their languages, and these differ."""
-    reply = _language(_FENCE.sub("\n", text))
-    asked = _language(_FENCE.sub("\n", f"{record.prompt[-1].content}\n{record.user_preference}"))
+    reply = language_of(_FENCE.sub("\n", text))
+    asked = language_of(_FENCE.sub("\n", f"{record.prompt[-1].content}\n{record.user_preference}"))
     return reply is not None and asked is not None and reply != asked
 
 
-def _language(text: str) -> str | None:
-    """ISO 639-1 code; None where the text is too short or mixed to say."""
+def language_of(text: str) -> str | None:
+    """ISO 639-1 code; None where the text is too short or mixed to say.
+
+    Raises:
+      ConfigError: py3langid is not installed.
+    """
     if sum(char.isalpha() for char in text) < _FEWEST_LETTERS:
         return None
     code, probability = _language_identifier().classify(text)
@@ -154,7 +175,8 @@ def _language_identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            "sampling.same_language needs py3langid: pip install 'drift-jax[language]', or set it to false."
+            "to tell languages (sampling.same_language, hygiene.languages) py3langid is needed: pip install "
+            "'drift-jax[language]', or leave the key out."
         ) from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
@@ -172,40 +194,40 @@ def _flat(text: str) -> str:
 # --- the rules ----------------------------------------------------------------------------------------------
 
 
-def _is_empty(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+def _is_empty(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
     return not any(char.isprintable() and not char.isspace() for char in candidate.text)
 
 
-def _is_same(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
-    return _flat(candidate.text) == _flat(record.rejected)
+def _is_same(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
+    return _flat(candidate.text) == _flat(logged_reply(record))
 
 
-def _is_near(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+def _is_near(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
     most = sampling.max_similarity
-    return most < 1 and similarity(candidate.text, record.rejected) > most
+    return most < 1 and similarity(candidate.text, logged_reply(record)) > most
 
 
-def _repeats(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+def _repeats(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
     # Of a reply that ends by itself, rows of digits or signs may be meant: an identity matrix is one.
     of_signs = candidate.finish_reason == "length"
     return sampling.max_repetition < 1 and repetition(candidate.text, of_signs) > sampling.max_repetition
 
 
-def _speaks(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+def _speaks(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
     if sampling.other_speakers == "keep":
         return False
     return candidate.control_token is not None or speaks_for_another(candidate.text, record)
 
 
-def _is_cut(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+def _is_cut(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
     return sampling.on_cut != "keep" and candidate.finish_reason == "length"
 
 
-def _is_foreign(candidate: Candidate, record: DsatRecord, sampling: SamplingConfig) -> bool:
+def _is_foreign(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
     return sampling.same_language and speaks_another_language(candidate.text, record)
 
 
-Rule = Callable[[Candidate, DsatRecord, SamplingConfig], bool]
+Rule = Callable[[Candidate, Record, SamplingConfig], bool]
 
 # In this order: a loop that ran into the limit counts as a loop, not as a cut.
 RULES: Mapping[str, Rule] = {

@@ -174,7 +174,7 @@ def _pair_rows(places: list[_Place], tables: _Tables) -> Iterator[tuple[_Place, 
     """Rows in the format of pairs, or why a row has none."""
     seen: Counter[str] = Counter()
     for place in places:
-        row = _pair_row(tables[place.part][place.row])
+        row = pair_row(tables[place.part][place.row])
         if not isinstance(row, str):
             identity = f"{_name(place.part)}:{place.row}"
             seen[identity] += 1  # a mixture may hold the same rows twice
@@ -182,7 +182,8 @@ def _pair_rows(places: list[_Place], tables: _Tables) -> Iterator[tuple[_Place, 
         yield place, row
 
 
-def _pair_row(row: Row) -> Row | str:
+def pair_row(row: Row) -> Row | str:
+    """A row of somebody's preference data in the format of pairs, or why it has none; its id is `meta.source_id`."""
     missing = [key for key in ("chosen", "rejected") if row.get(key) is None]
     if missing:
         return f"missing {' and '.join(missing)}; found {', '.join(row) or 'nothing'}"

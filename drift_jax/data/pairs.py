@@ -79,8 +79,8 @@ def tokenize_pair(
     """Ids of a pair, cut to `max_prompt_length` tokens of prompt and `max_length` of prompt and completion.
 
     Raises:
-      DataError: naming the pair's id: prompt and reply cannot be told apart, `meta.chosen_token_ids` are not ids
-        of this tokenizer or contradict `meta.finish_reason`, or a prompt or completion has no token.
+      DataError: naming the pair's id: prompt and reply cannot be told apart, the ids of a sampled reply in `meta`
+        are not of this tokenizer or contradict its finish reason, or a prompt or completion has no token.
     """
     try:
         prompt = rules.template.encode_prompt(pair.prompt, tokenizer)

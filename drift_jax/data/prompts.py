@@ -1,9 +1,9 @@
-"""The prompt from which the chosen response of a DSAT record is sampled, in three styles.
+"""The prompt by which the policy's reply to a logged record is sampled, in three styles.
 
     chat      the dialogue, the logged reply, the complaint and the request to improve, through the model's
               own chat template: what an instruction-tuned model was trained to read
     paper     the authors' plain text, character by character (github.com/cacayaya/DRIFT, sampling script)
-    unguided  the dialogue alone, through the chat template: the ablation without the complaint
+    unguided  the dialogue alone, through the chat template; the only one for SAT records
 
 Whatever the style, the pair keeps the original prompt: DPO trains on the dialogue without the complaint.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from drift_jax.data.tokenizer import ChatTokenizer
 from drift_jax.errors import DataError
+from drift_jax.methods import UNGUIDED, Record
 from drift_jax.records import DsatRecord, Message
 
 IMPROVE_INSTRUCTION = (
@@ -34,7 +36,7 @@ class SamplingPrompt:
 
 
 def build_sampling_prompt(
-    record: DsatRecord, style: str, tokenizer: ChatTokenizer, max_input_length: int
+    record: Record, style: str, tokenizer: ChatTokenizer, max_input_length: int
 ) -> SamplingPrompt:
     """Token ids of the sampling prompt, at most `max_input_length` of them.
 
@@ -51,7 +53,8 @@ def build_sampling_prompt(
     try:
         ids = PROMPT_STYLES[style](record, tokenizer)
     except DataError as error:
-        raise DataError(f"DSAT record {record.id}: {error}") from error
+        kind = "DSAT" if isinstance(record, DsatRecord) else "SAT"
+        raise DataError(f"{kind} record {record.id}: {error}") from error
     cut = max(0, len(ids) - max_input_length)
     return SamplingPrompt(np.asarray(ids[cut:], np.int32), cut)
 
@@ -84,12 +87,12 @@ def _paper(record: DsatRecord, tokenizer: ChatTokenizer) -> list[int]:
     return tokenizer.encode_text(paper_prompt_text(record))
 
 
-def _unguided(record: DsatRecord, tokenizer: ChatTokenizer) -> list[int]:
+def _unguided(record: Record, tokenizer: ChatTokenizer) -> list[int]:
     return tokenizer.encode_chat(record.prompt)
 
 
-PROMPT_STYLES: dict[str, Callable[[DsatRecord, ChatTokenizer], list[int]]] = {
+PROMPT_STYLES: dict[str, Callable[[Any, ChatTokenizer], list[int]]] = {
     "chat": _chat,
     "paper": _paper,
-    "unguided": _unguided,
+    UNGUIDED: _unguided,
 }

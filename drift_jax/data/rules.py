@@ -82,26 +82,35 @@ def _prompt_up_to_reply(prompt: Sequence[Message], tokenizer: ChatTokenizer) -> 
     return tokenizer.encode_chat(prompt, add_generation_prompt=True)
 
 
-def _chosen_as_sampled(pair: Pair, tokenizer: ChatTokenizer) -> Ids:
-    ids = pair.meta.get("chosen_token_ids")
+def _as_sampled(ids_key: str, finish_key: str, reply: str, pair: Pair, tokenizer: ChatTokenizer) -> Ids:
+    """The ids in `meta` where the reply was sampled, else those of its text."""
+    ids = pair.meta.get(ids_key)
     if ids is None:
-        return tokenizer.encode_reply(pair.prompt, pair.chosen)
-    _check_sampled(ids, pair.meta.get("finish_reason"), tokenizer)
+        return tokenizer.encode_reply(pair.prompt, reply)
+    _check_sampled(ids_key, ids, finish_key, pair.meta.get(finish_key), tokenizer)
     return list(ids)
 
 
-def _check_sampled(ids: Any, finish_reason: Any, tokenizer: ChatTokenizer) -> None:
+def _chosen_as_sampled(pair: Pair, tokenizer: ChatTokenizer) -> Ids:
+    return _as_sampled("chosen_token_ids", "finish_reason", pair.chosen, pair, tokenizer)
+
+
+def _rejected_as_sampled(pair: Pair, tokenizer: ChatTokenizer) -> Ids:
+    return _as_sampled("rejected_token_ids", "rejected_finish_reason", pair.rejected, pair, tokenizer)
+
+
+def _check_sampled(ids_key: str, ids: Any, finish_key: str, finish_reason: Any, tokenizer: ChatTokenizer) -> None:
     if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
-        raise DataError(f"meta.chosen_token_ids must be a list of token ids, found {ids!r:.80}.")
+        raise DataError(f"meta.{ids_key} must be a list of token ids, found {ids!r:.80}.")
     foreign = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
     if foreign:
         raise DataError(
-            f"meta.chosen_token_ids holds {foreign[0]}, the tokenizer has ids below {tokenizer.vocab_size}: "
-            "the pair was sampled with another model. Sample again, or remove meta.chosen_token_ids."
+            f"meta.{ids_key} holds {foreign[0]}, the tokenizer has ids below {tokenizer.vocab_size}: "
+            f"the pair was sampled with another model. Sample again, or remove meta.{ids_key}."
         )
     if finish_reason == "stop" and ids and ids[-1] not in tokenizer.eos_ids:
         raise DataError(
-            f"meta.finish_reason is 'stop', but meta.chosen_token_ids ends with {ids[-1]}, which is none of "
+            f"meta.{finish_key} is 'stop', but meta.{ids_key} ends with {ids[-1]}, which is none of "
             f"the EOS ids {tokenizer.eos_ids}: the sampler must keep the id that it stopped at."
         )
 
@@ -147,7 +156,7 @@ TEMPLATES: Mapping[str, Template] = {
     "generation_prompt": Template(
         _prompt_up_to_reply,
         _chosen_as_sampled,
-        lambda pair, tokenizer: tokenizer.encode_reply(pair.prompt, pair.rejected),
+        _rejected_as_sampled,
     ),
     "reply_text": Template(
         _prompt_up_to_reply,

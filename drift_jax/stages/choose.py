@@ -1,4 +1,4 @@
-"""Which of several usable completions becomes the chosen response: a function per name of `sampling.chooser`.
+"""Which of several usable completions of a prompt goes into the pair: a function per name of `sampling.chooser`.
 
 first           the one that was drawn first (the paper draws one)
 longest_within  the longest of at most `sampling.longest_within` tokens; the shortest where none is that short
@@ -25,8 +25,8 @@ from drift_jax.config import RunConfig
 from drift_jax.errors import EndpointError, StageError
 from drift_jax.journal import Journal
 from drift_jax.judge import Judge, JudgePrompt, load_prompt
+from drift_jax.methods import Record, logged_reply
 from drift_jax.progress import stage_progress
-from drift_jax.records import DsatRecord
 
 VERDICTS_FILE = "verdicts.jsonl"
 _PROMPT = "choose_v1"
@@ -37,7 +37,7 @@ _GIVE_UP = 16  # failures in a row, from the first question on, that say enough
 class Candidates:
     """A record and the rows of its usable completions, in the order of their draws; at least one."""
 
-    record: DsatRecord
+    record: Record
     rows: Sequence[dict[str, Any]]
 
 
@@ -154,7 +154,7 @@ def _question(one: Candidates, config: RunConfig, prompt: JudgePrompt) -> _Quest
     random.Random(f"{config.sampling.seed}:{one.record.id}").shuffle(rows)
     text = prompt.fill(
         dialogue="\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in one.record.prompt),
-        rejected=one.record.rejected,
+        rejected=logged_reply(one.record),
         complaint=one.record.user_preference,
         replies="\n\n".join(f"<reply_{i}>\n{row['text']}\n</reply_{i}>" for i, row in enumerate(rows, 1)),
         count=len(rows),

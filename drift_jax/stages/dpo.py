@@ -31,6 +31,7 @@ from drift_jax.sharding import Layout, build_layout, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 from drift_jax.stages.reference import RefLogps, share_ref_logps, write_ref_logps
 from drift_jax.stages.scoring import pair_logps, score_pairs
+from drift_jax.stages.theory import Probe
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
 from drift_jax.train import Metrics, PairScores, Trainer, TrainState, evaluate_scores, host_metrics
@@ -46,6 +47,7 @@ class TrainJob:
     test_pairs: Path | None
     out_dir: Path
     epochs: float
+    earlier: tuple[Path, ...] = ()  # directories of the stages before: whose margins the theory looks at again
 
 
 def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
@@ -116,6 +118,9 @@ class _Stage:
         self.steps = steps
         self.console = console
         self.warnings: list[str] = []
+        self.probe = None
+        if config.theory.every is not None:
+            self.probe = Probe(config, trainer, train.pairs, job.out_dir, job.earlier, console)
 
     def warn(self, message: str) -> None:
         """Shows a warning, and keeps it for the stage's summary."""
@@ -134,6 +139,8 @@ class _Stage:
             ref = self._reference(params)
             found = ref
             on_main(lambda: write_ref_logps(path, every, found))
+            if self.probe is not None:
+                self.probe.refer(params)
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
         self.ref = ref
@@ -143,12 +150,17 @@ class _Stage:
             abstract = self.trainer.abstract_state
             items = checkpointer.restore(step, {"params": abstract.params, "optimizer": abstract.opt_state})
             return self.trainer.state_at(step, items["params"], items["optimizer"])
-        return self.trainer.init_state(self._open(job.model_dir) if params is None else params)
+        params = self._open(job.model_dir) if params is None else params
+        if self.probe is not None and not self.probe.has_reference and job.reference_dir == job.model_dir:
+            self.probe.refer(params)
+        return self.trainer.init_state(params)
 
     def fit(self, state: TrainState, checkpointer: Checkpointer, timer: StageTimer) -> TrainState:
         """All updates that are left, with their metrics, guards, evaluations and checkpoints."""
         config, tracking, first = self.config, self.config.tracking, int(state.step)
         loader = build_loader(config, self.trainer.layout, self.train, self.ref)
+        if self.probe is not None and not self.probe.has_reference:
+            self.probe.refer_to(self.ref.logps[: len(self.train)])
         meta = {"train": dataclasses.asdict(config.train), "pairs": len(self.train), "epochs": self.job.epochs}
         with (
             MetricsWriter(
@@ -168,6 +180,8 @@ class _Stage:
                 late, last = _Update(step, metrics, tokens), step == self.steps
                 if not last and is_due(config.train.eval_every, step, loader.steps_per_epoch):
                     late = late._replace(evaluation=self.evaluate(state))
+                if self.probe is not None and (last or is_due(config.theory.every, step, loader.steps_per_epoch)):
+                    late = late._replace(evaluation=late.evaluation | self.probe.measure(state.params, last))
                 if step == 1 or last or late.evaluation:
                     report(late)
                     late = None
@@ -237,7 +251,7 @@ class _Update(NamedTuple):
     step: int
     metrics: Metrics
     tokens: int
-    evaluation: dict[str, float] = {}  # noqa: RUF012
+    evaluation: dict[str, float] = {}  # noqa: RUF012 - of held-out pairs, and of the theory
 
 
 @final

@@ -5,6 +5,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import io
+import os
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
@@ -16,7 +19,7 @@ from rich.markup import escape
 from drift_jax.config import RunConfig
 from drift_jax.distributed import gather
 from drift_jax.endpoint import Endpoint, Retry, is_local, read_api_key
-from drift_jax.errors import EndpointError, StageError
+from drift_jax.errors import ConfigError, EndpointError, StageError
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.sampling.base import Completion, OnBatch, Sampler, SampleRequest, SamplingParams
 from drift_jax.sampling.handoff import (
@@ -80,8 +83,8 @@ class LocalEngine(Engine):
 class VllmEngine(Engine):
     """vLLM servers. This process leaves the accelerator to them; what it compares them with is computed before.
 
-    Raises `ModelError` for a model that vLLM cannot serve, `ConfigError` when there is no vLLM to start, or when
-    the variable of the API key is not set.
+    Raises `ModelError` for a model that vLLM cannot serve, `ConfigError` when there is no vLLM to start, when several
+    processes would start one on the same devices, or when the variable of the API key is not set.
     """
 
     def __init__(self, config: RunConfig, model_dir: Path) -> None:
@@ -94,6 +97,7 @@ class VllmEngine(Engine):
             self._key = read_api_key(config.vllm.api_key_env)
         else:
             check_installed(config.vllm, build_environment(config.vllm, ""))
+            check_own_devices(gather(f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"))
 
     @contextlib.contextmanager
     def open(self, missing: Sequence[SampleRequest], out_dir: Path, console: Console) -> Iterator[Sampler]:
@@ -165,6 +169,17 @@ class VllmEngine(Engine):
                 + "\nStart one, or leave base_urls empty to have one started here."
             )
         return servers
+
+
+def check_own_devices(places: Sequence[str]) -> None:
+    """Raises `ConfigError` where two processes would start servers in one place: the host and the devices they see."""
+    place, count = Counter(places).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(
+            f"{count} processes of this run are on {place.split()[0]} and see the same devices: each would start "
+            "a vLLM server on all of them. Run one process per host, give each its own CUDA_VISIBLE_DEVICES, or start "
+            "the servers yourself and name them in vllm.base_urls."
+        )
 
 
 @final

@@ -13,8 +13,10 @@ from typing import Any
 from drift_jax.config import RunConfig
 from drift_jax.manifest import Manifest, config_slice
 from drift_jax.stages.dpo import TrainJob
+from drift_jax.stages.draws import method_of, needs_logps
+from drift_jax.stages.rank import ranker_source
 
-_SAMPLE_KEYS = ("sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
+_SAMPLE_KEYS = ("recipe.method", "sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
 _TOKEN_KEYS = ("data.max_length", "data.max_prompt_length", "data.template", "data.eos", "data.truncation")
 _TRAIN_KEYS = ("train.", *_TOKEN_KEYS, "data.on_bad_row", "model.compute_dtype", "model.pad_embedding")
 _NOT_SHAPING = ("sampling.batch_size", "sampling.per_host", "train.eval_batch_size", "train.eval_every")
@@ -35,11 +37,17 @@ _DRAW_KEYS = (
 Identity = tuple[dict[str, Any], dict[str, str]]  # (config keys, input hashes)
 
 
-def sample_identity(config: RunConfig, manifest: Manifest, policy: Path, dsat: Path) -> Identity:
+def sample_identity(config: RunConfig, manifest: Manifest, policy: Path, records: Path) -> Identity:
     """Of the sample and the pair stage."""
-    judge = _JUDGE_KEYS if config.sampling.chooser == "judge" else ()
-    keys = config_slice(config, (*_SAMPLE_KEYS, *judge), _NOT_SHAPING)
-    return keys, {"dsat": manifest.file_hash(dsat), "policy": manifest.model_hash(policy)}
+    method, ranker = method_of(config), config.recipe.ranker
+    asks = config.sampling.chooser == "judge" or (method.ranks and ranker == "judge")
+    keys = config_slice(config, (*_SAMPLE_KEYS, *(_JUDGE_KEYS if asks else ())), _NOT_SHAPING)
+    inputs = {method.records: manifest.file_hash(records), "policy": manifest.model_hash(policy)}
+    if method.ranks:
+        keys["recipe.ranker"] = ranker
+        if (source := ranker_source(ranker)) is not None:
+            inputs["ranker"] = manifest.file_hash(source)
+    return keys, inputs
 
 
 def sampling_job(config: RunConfig, inputs: dict[str, str]) -> str:
@@ -47,8 +55,10 @@ def sampling_job(config: RunConfig, inputs: dict[str, str]) -> str:
     # n counts for what second draws are called; a chooser may need what else is not kept.
     keys = config_slice(config, ("sampling.",))
     sampling = config.sampling
-    stored = {"second draws": sampling.on_cut == "resample", "log-probs": sampling.chooser == "logprob"}
-    values = [{key: keys[key] for key in (*_DRAW_KEYS, "sampling.n")}, stored, inputs]
+    stored = {"second draws": sampling.on_cut == "resample", "log-probs": needs_logps(config)}
+    draw = {key: keys[key] for key in (*_DRAW_KEYS, "sampling.n")}
+    draw["sampling.style"] = " + ".join(method_of(config).draws)
+    values = [draw, stored, {name: of for name, of in inputs.items() if name != "ranker"}]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

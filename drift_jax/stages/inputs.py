@@ -1,9 +1,9 @@
-"""What several stages open: DSAT records, tokenizers, policies, and the directory that no other run may be in."""
+"""What several stages open: logged records, tokenizers, policies, and the directory that no other run may be in."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,58 @@ from rich.console import Console
 from drift_jax.config import RunConfig
 from drift_jax.data.tokenizer import ChatTokenizer, check_vocab, load_tokenizer
 from drift_jax.distributed import is_main, on_main
-from drift_jax.errors import DataError
+from drift_jax.errors import ConfigError, DataError
 from drift_jax.manifest import RunLock
+from drift_jax.methods import Record
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.progress import stage_progress
-from drift_jax.records import DsatRecord, read_dsat
+from drift_jax.records import Rows, read_dsat, read_sat
 from drift_jax.sharding import Layout
+from drift_jax.stages.draws import method_of
 
 Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class DsatSplit:
-    """DSAT records of an iteration: the first rows are held out, as the authors do."""
+class LoggedSplit:
+    """Logged records of an iteration: the first rows are held out, as the authors do."""
 
-    test: tuple[DsatRecord, ...]
-    train: tuple[DsatRecord, ...]
+    test: tuple[Record, ...]
+    train: tuple[Record, ...]
     skipped: int  # rows left out by --on-bad-row skip
 
-    def rows(self) -> Iterator[tuple[str, DsatRecord]]:
+    def rows(self) -> Iterator[tuple[str, Record]]:
         yield from (("test", record) for record in self.test)
         yield from (("train", record) for record in self.train)
 
 
-def load_dsat_split(config: RunConfig, path: str) -> DsatSplit:
-    """Raises `DataError` when holding out `data.test_rows` leaves nothing to train on."""
-    rows = read_dsat(path, config.data.on_bad_row)
+_READERS: Mapping[str, Callable[..., Rows[Any]]] = {"dsat": read_dsat, "sat": read_sat}
+
+
+def records_path(config: RunConfig) -> Path:
+    """The file of the records that the method goes through.
+
+    Raises:
+      ConfigError: the key that names it is empty.
+    """
+    data, kind = config.data, method_of(config).records
+    path = {"dsat": data.dsat, "sat": data.sat}[kind]
+    if not path:
+        raise ConfigError(
+            f"data.{kind} is empty: method {config.recipe.method} needs a JSONL file of {kind.upper()} records. Name "
+            "one, or set recipe.iterations to 0."
+        )
+    return Path(path)
+
+
+def load_split(config: RunConfig, path: str) -> LoggedSplit:
+    """Of records of the kind that the method takes.
+
+    Raises:
+      DataError: holding out `data.test_rows` leaves nothing to train on.
+    """
+    rows = _READERS[method_of(config).records](path, config.data.on_bad_row)
     held_out = config.data.test_rows
     if len(rows.records) <= held_out:
         raise DataError(
@@ -47,7 +72,7 @@ def load_dsat_split(config: RunConfig, path: str) -> DsatSplit:
             "nothing is left to train on. Lower data.test_rows or give more rows."
         )
     train = rows.records[held_out:][: config.data.max_rows]
-    return DsatSplit(rows.records[:held_out], train, len(rows.skipped))
+    return LoggedSplit(rows.records[:held_out], train, len(rows.skipped))
 
 
 def open_tokenizer(model_dir: Path) -> ChatTokenizer:

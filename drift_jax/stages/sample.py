@@ -1,4 +1,4 @@
-"""Sampling candidates for the chosen responses from the policy."""
+"""Sampling replies from the policy, by the prompts of the method."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from drift_jax.data.tokenizer import ChatTokenizer
 from drift_jax.distributed import gather, gather_packed, on_each, on_main
 from drift_jax.errors import DataError, StageError
 from drift_jax.files import write_jsonl
+from drift_jax.methods import UNGUIDED, Record
 from drift_jax.progress import stage_progress
-from drift_jax.records import DsatRecord
 from drift_jax.sampling.base import Completion, Sampler, SampleRequest, SamplingParams
+from drift_jax.stages.draws import method_of, needs_logps, samples_each, style_of
 from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.inputs import (
     Summary,
-    load_dsat_split,
+    load_split,
     open_tokenizer,
     report_refused,
 )
@@ -32,11 +33,12 @@ from drift_jax.telemetry import StageTimer
 
 
 def sample_stage(
-    config: RunConfig, model_dir: Path, dsat_path: str, out_dir: Path, console: Console, job: str
+    config: RunConfig, model_dir: Path, records: str, out_dir: Path, console: Console, job: str
 ) -> Summary:
-    """Samples `sampling.n` completions for every DSAT record from the policy in `model_dir`.
+    """Samples completions for every record from the policy in `model_dir`: `sampling.n` for each prompt of the method.
 
-    With `sampling.on_cut: resample`, sample i that was cut by length is drawn once more, as sample n + i.
+    Sample i is of prompt i // n. With `sampling.on_cut: resample`, a sample i that was cut by length is drawn once
+    more, as sample i + n x prompts.
 
     Of several hosts each makes prompts and completions of its share of the records, where the engine can; the results
     are merged in the order of the records, also what an interrupted run on other hosts has left.
@@ -47,12 +49,12 @@ def sample_stage(
     Raises:
       StageError: `out_dir` holds completions of another job, or another process writes there.
     """
-    split = on_each(lambda: load_dsat_split(config, dsat_path))
+    split = on_each(lambda: load_split(config, records))
     tokenizer = open_tokenizer(model_dir)
     engine = ENGINES[config.sampling.engine](config, model_dir)
     per_host = engine.per_host
-    records = [record for _, record in split.rows()]
-    mine = records[jax.process_index() :: jax.process_count()] if per_host else records
+    every = [record for _, record in split.rows()]
+    mine = every[jax.process_index() :: jax.process_count()] if per_host else every
     requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
     all_refused = _of_all(refused, per_host)
     on_each(lambda: report_refused(all_refused, config))
@@ -66,10 +68,10 @@ def sample_stage(
         by_id = {record.id: record for record in mine}
 
         def keep(completions: list[Completion]) -> dict[str, str]:
-            rows = [completion_row(c, tokenizer, config.sampling.chooser == "logprob", job) for c in completions]
+            rows = [completion_row(c, tokenizer, needs_logps(config), job) for c in completions]
             journals.append(rows)
             timer.count_tokens(sum(len(c.token_ids) for c in completions))
-            return _example(by_id[rows[-1]["id"]], rows[-1]["text"], config.sampling.style)
+            return _example(by_id[rows[-1]["id"]], rows[-1]["text"], style_of(config, rows[-1]["sample"]))
 
         def missing(again: bool) -> list[SampleRequest]:
             wanted = _second_draws(config, requests, cut) if again else requests
@@ -81,7 +83,7 @@ def sample_stage(
                 what += f", 1 of {jax.process_count()} hosts" if per_host else ""
                 completions = draw(sampler, missing(again), params, keep, what, console)
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
-        count = merge(journals, [record.id for record in records], config.sampling.n, out_dir)
+        count = merge(journals, [record.id for record in every], samples_each(config), out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
     return {
         "completions": count,
@@ -136,11 +138,11 @@ def draw(
 def _second_draws(
     config: RunConfig, requests: Sequence[SampleRequest], cut: Mapping[tuple[str, int], bool]
 ) -> list[SampleRequest]:
-    """Of requests whose completion was cut by length: sample n + i in place of sample i, where that is wanted."""
+    """Of requests whose completion was cut by length: another sample in its place, where that is wanted."""
     if config.sampling.on_cut != "resample":
         return []
     again = [r for r in requests if cut.get((r.row_id, r.sample))]
-    return [SampleRequest(r.row_id, config.sampling.n + r.sample, r.prompt_ids) for r in again]
+    return [SampleRequest(r.row_id, samples_each(config) + r.sample, r.prompt_ids) for r in again]
 
 
 def completion_row(completion: Completion, tokenizer: ChatTokenizer, logps: bool, job: str) -> dict[str, Any]:
@@ -181,24 +183,25 @@ def refuse_foreign(rows: Iterable[Mapping[str, Any]], job: str, out_dir: Path) -
         )
 
 
-def _example(record: DsatRecord, reply: str, style: str) -> dict[str, str]:
+def _example(record: Record, reply: str, style: str) -> dict[str, str]:
     """What a person sees of a completion while sampling goes on."""
-    complaint = {} if style == "unguided" else {"complaint": record.user_preference}
+    complaint = {} if style == UNGUIDED else {"complaint": record.user_preference}
     return {"prompt": record.prompt[-1].content, **complaint, "sampled": reply}
 
 
 def _build_requests(
-    config: RunConfig, records: Sequence[DsatRecord], tokenizer: ChatTokenizer
+    config: RunConfig, records: Sequence[Record], tokenizer: ChatTokenizer
 ) -> tuple[list[SampleRequest], list[int], list[str]]:
-    """(requests, tokens cut from each prompt, why no prompt could be made of the other records)."""
+    """(requests, tokens cut from each prompt, why not all prompts could be made of the other records)."""
     requests, cut_tokens, refused = [], [], []
+    sampling, styles = config.sampling, method_of(config).draws
     for record in records:
         try:
-            prompt = build_sampling_prompt(record, config.sampling.style, tokenizer, config.sampling.max_input_length)
+            prompts = [build_sampling_prompt(record, style, tokenizer, sampling.max_input_length) for style in styles]
         except DataError as error:
             refused.append(str(error))
             continue
-        ids = tuple(prompt.ids.tolist())
-        requests += [SampleRequest(record.id, sample, ids) for sample in range(config.sampling.n)]
-        cut_tokens.append(prompt.cut_tokens)
+        each = [tuple(prompt.ids.tolist()) for prompt in prompts for _ in range(sampling.n)]
+        requests += [SampleRequest(record.id, sample, ids) for sample, ids in enumerate(each)]
+        cut_tokens += [prompt.cut_tokens for prompt in prompts]
     return requests, cut_tokens, refused

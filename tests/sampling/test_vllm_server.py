@@ -32,6 +32,7 @@ from drift_jax.sampling.server import (
     choose_port,
     choose_tensor_parallel,
 )
+from drift_jax.stages.engines import check_own_devices
 from tests.http_servers import serve
 from tests.tiny_models import build_tiny_model
 
@@ -296,3 +297,10 @@ def test_a_server_without_prompt_logprobs_is_refused() -> None:
     reply = {"choices": [{"index": 0, "text": ""}]}
     with serve(lambda *_: (200, reply)) as small, pytest.raises(DriftError, match="has no log-probs of the prompt"):
         server_logps(Endpoint(small.url), "policy", [(1, 2, 3)])
+
+
+def test_processes_of_one_place_do_not_each_start_a_server() -> None:
+    check_own_devices(["a ", "b "])
+    check_own_devices(["a 0,1", "a 2,3"])
+    with pytest.raises(ConfigError, match=r"2 processes of this run are on a and see.*vllm\.base_urls"):
+        check_own_devices(["b ", "a ", "a "])
