@@ -78,6 +78,7 @@ def _cut(text: str) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Mined from {{ stats.sources | map(attribute='name') | join(', ') }}</title>
 <style>
@@ -86,6 +87,7 @@ h2{margin-top:2em}
 table{border-collapse:collapse}
 td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
 td:first-child,th:first-child{text-align:left}
+svg{max-width:100%;height:auto}
 text{font:12px system-ui,sans-serif;fill:#222}
 .said{white-space:pre-wrap;overflow-wrap:anywhere;border-left:4px solid #ccc;padding:.3em .8em;margin:.4em 0}
 .rejected{border-color:#c44e52}
@@ -95,7 +97,8 @@ article{border:1px solid #ddd;border-radius:6px;padding:.6em 1em;margin:1em 0}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:85%;color:#444}
 </style></head><body>
 {% macro chart(bars, what) %}
-<svg role="img" aria-label="{{ what }}" width="{{ width + 240 }}" height="{{ bars | length * 20 + 4 }}">
+{% set wide, high = width + 240, bars | length * 20 + 4 %}
+<svg role="img" aria-label="{{ what }}" width="{{ wide }}" height="{{ high }}" viewBox="0 0 {{ wide }} {{ high }}">
 {% for bar in bars %}
 <text x="130" y="{{ loop.index0 * 20 + 14 }}" text-anchor="end">{{ bar.label }}</text>
 <rect x="138" y="{{ loop.index0 * 20 + 2 }}" width="{{ bar.width }}" height="15" fill="{{ bar.colour }}"></rect>
@@ -129,11 +132,15 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:85%;color:#444}
 <p>None.</p>
 {% endfor %}
 <h2>What was left out, and why</h2>
+{% if stats.left_out.values() | map('length') | sum %}
 <table><tr><th>at</th><th style="text-align:left">reason</th><th>count</th></tr>
 {% for stage, reasons in stats.left_out.items() %}{% for reason, count in reasons.items() %}
 <tr><td>{{ stage }}</td><td style="text-align:left">{{ reason }}</td><td>{{ '{:,}'.format(count) }}</td></tr>
 {% endfor %}{% endfor %}
 </table>
+{% else %}
+<p>Nothing.</p>
+{% endif %}
 <h2>Examples, drawn at random</h2>
 {% for one in examples %}
 <article><b>{{ one.id }}</b> <span class="role">{{ one.split }}</span>
