@@ -22,6 +22,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -29,13 +30,12 @@ from drift_jax.errors import BadRowsError, DataError
 
 Row = dict[str, Any]
 OnBadRow = Literal["error", "skip"]
+LoggedSide = Literal["chosen", "rejected"]  # where the logged reply stands: of SAT, of DSAT records
 RecordT = TypeVar("RecordT")
 
 ROLES = ("system", "user", "assistant")
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
-_DSAT_KEYS = ("prompt", "rejected", "user_preference")
 _PAIR_KEYS = ("prompt", "chosen", "rejected")
-_SAT_KEYS = ("prompt", "chosen", "user_preference")
 _ABSENT = object()  # a missing key, which is reported once for the whole row
 
 
@@ -111,12 +111,12 @@ def read_dsat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[DsatReco
       BadRowsError: rows break the format (all of them, with lines), or `skip` would leave nothing.
       DataError: the file is missing, empty, unreadable, a git-LFS pointer or a JSON array.
     """
-    return _read(Path(path), on_bad_row, _dsat_problems, _dsat_from_row)
+    return _read_logged(Path(path), on_bad_row, DsatRecord, "rejected")
 
 
 def read_sat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[SatRecord]:
     """Reads SAT records. Arguments and errors as in `read_dsat`."""
-    return _read(Path(path), on_bad_row, _sat_problems, _sat_from_row)
+    return _read_logged(Path(path), on_bad_row, SatRecord, "chosen")
 
 
 def read_pairs(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[Pair]:
@@ -138,24 +138,12 @@ def read_pair_share(path: str | Path, index: int, count: int) -> Share[Pair]:
 
 def dsat_to_row(record: DsatRecord) -> Row:
     """The row that `read_dsat` reads back as the same record."""
-    row: Row = {
-        "prompt": messages_to_rows(record.prompt),
-        "rejected": [{"role": "assistant", "content": record.rejected}],
-        "user_preference": {"role": "user", "content": record.user_preference},
-    }
-    identity = {} if record.id == _content_id(row, _DSAT_KEYS) else {"id": record.id}
-    return {**identity, **row, **record.extra}
+    return _logged_to_row(record, "rejected", record.rejected)
 
 
 def sat_to_row(record: SatRecord) -> Row:
     """The row that `read_sat` reads back as the same record."""
-    row: Row = {
-        "prompt": messages_to_rows(record.prompt),
-        "chosen": [{"role": "assistant", "content": record.chosen}],
-        "user_preference": {"role": "user", "content": record.user_preference},
-    }
-    identity = {} if record.id == _content_id(row, _SAT_KEYS) else {"id": record.id}
-    return {**identity, **row, **record.extra}
+    return _logged_to_row(record, "chosen", record.chosen)
 
 
 def pair_to_row(pair: Pair) -> Row:
@@ -188,6 +176,12 @@ def _read(
     share = _read_share(path, 0, 1, find_problems, from_row)
     kept, bad = settle_rows(path, on_bad_row, [(line, r.id) for line, r in share.records], share.bad, share.total)
     return Rows(tuple(record for line, record in share.records if line in kept), bad)
+
+
+def _read_logged(
+    path: Path, on_bad_row: OnBadRow, kind: type[DsatRecord] | type[SatRecord], side: LoggedSide
+) -> Rows[Any]:
+    return _read(path, on_bad_row, partial(_logged_problems, side), partial(_logged_from_row, kind, side))
 
 
 def _read_share(
@@ -305,21 +299,11 @@ def _encoding_problems(row: Row) -> list[str]:
 # ------------------------------------------------------------------------------------------- validation
 
 
-def _dsat_problems(row: Row) -> list[str]:
+def _logged_problems(side: LoggedSide, row: Row) -> list[str]:
     return (
-        _missing(row, _DSAT_KEYS)
+        _missing(row, _logged_keys(side))
         + _prompt_problems(row.get("prompt", _ABSENT))
-        + _reply_problems(row.get("rejected", _ABSENT), "rejected")
-        + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
-        + _id_problems(row, "id")
-    )
-
-
-def _sat_problems(row: Row) -> list[str]:
-    return (
-        _missing(row, _SAT_KEYS)
-        + _prompt_problems(row.get("prompt", _ABSENT))
-        + _reply_problems(row.get("chosen", _ABSENT), "chosen")
+        + _reply_problems(row.get(side, _ABSENT), side)
         + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
         + _id_problems(row, "id")
     )
@@ -414,24 +398,29 @@ def _kind(value: Any) -> str:
 # ------------------------------------------------------------------------------------------- conversion
 
 
-def _dsat_from_row(row: Row) -> DsatRecord:
-    return DsatRecord(
-        id=str(row["id"]) if "id" in row else _content_id(row, _DSAT_KEYS),
-        prompt=_messages(row["prompt"]),
-        rejected=row["rejected"][0]["content"],
-        user_preference=row["user_preference"]["content"],
-        extra={key: value for key, value in row.items() if key not in ("id", *_DSAT_KEYS)},
+def _logged_keys(side: LoggedSide) -> tuple[str, ...]:
+    return ("prompt", side, "user_preference")
+
+
+def _logged_from_row(kind: type[DsatRecord] | type[SatRecord], side: LoggedSide, row: Row) -> DsatRecord | SatRecord:
+    keys = _logged_keys(side)
+    return kind(
+        str(row["id"]) if "id" in row else _content_id(row, keys),
+        _messages(row["prompt"]),
+        row[side][0]["content"],
+        row["user_preference"]["content"],
+        {key: value for key, value in row.items() if key not in ("id", *keys)},
     )
 
 
-def _sat_from_row(row: Row) -> SatRecord:
-    return SatRecord(
-        id=str(row["id"]) if "id" in row else _content_id(row, _SAT_KEYS),
-        prompt=_messages(row["prompt"]),
-        chosen=row["chosen"][0]["content"],
-        user_preference=row["user_preference"]["content"],
-        extra={key: value for key, value in row.items() if key not in ("id", *_SAT_KEYS)},
-    )
+def _logged_to_row(record: DsatRecord | SatRecord, side: LoggedSide, reply: str) -> Row:
+    row: Row = {
+        "prompt": messages_to_rows(record.prompt),
+        side: [{"role": "assistant", "content": reply}],
+        "user_preference": {"role": "user", "content": record.user_preference},
+    }
+    identity = {} if record.id == _content_id(row, _logged_keys(side)) else {"id": record.id}
+    return {**identity, **row, **record.extra}
 
 
 def _pair_from_row(row: Row) -> Pair:
