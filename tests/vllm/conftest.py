@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,18 @@ class Running(NamedTuple):
     @property
     def key(self) -> str:
         return self.server._key
+
+
+@contextmanager
+def serving(model_dir: Path, max_model_len: int, log: Path) -> Iterator[Running]:
+    """A server with room for longer prompts than those of `servers` have, while the block lasts."""
+    config = make_config(model_dir, vllm={"max_model_len": max_model_len})
+    server = VllmServer(config, load_qwen_config(model_dir), model_dir, log)
+    try:
+        server.start(QUIET)
+        yield Running(server, model_dir)
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

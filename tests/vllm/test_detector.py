@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUIET, Running, make_config
+from conftest import Running, serving
 
 from drift_jax.config import JudgeConfig
 from drift_jax.data.mining.detect import build_detector
@@ -19,8 +19,7 @@ from drift_jax.data.mining.detector_config import DetectorConfig
 from drift_jax.data.mining.dialogue import Complaint, Conversation, Turn
 from drift_jax.errors import EndpointError, StageError
 from drift_jax.journal import read_rows
-from drift_jax.models.hf import load_qwen_config
-from drift_jax.sampling.server import SERVED_NAME, VllmServer
+from drift_jax.sampling.server import SERVED_NAME
 from tests.http_servers import Answer, Small, serve
 
 FOLLOW_UPS = ("That is wrong, I asked for Peru.", "Thanks! And of Chile?", "You forgot the year.", "Great, go on.")
@@ -42,14 +41,8 @@ LOGS = [
 @pytest.fixture(scope="module")
 def running(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The demo model with room for a question."""
-    config = make_config(demo_model_dir, vllm={"max_model_len": 2048})
-    log = tmp_path_factory.mktemp("judge") / "vllm.log"
-    server = VllmServer(config, load_qwen_config(demo_model_dir), demo_model_dir, log)
-    try:
-        server.start(QUIET)
-        yield Running(server, demo_model_dir)
-    finally:
-        server.stop()
+    with serving(demo_model_dir, 2048, tmp_path_factory.mktemp("judge") / "vllm.log") as started:
+        yield started
 
 
 @pytest.fixture

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import QUIET, Running, make_config
+from conftest import Running, serving
 
-from drift_jax.models.hf import load_qwen_config
-from drift_jax.sampling.server import SERVED_NAME, VllmServer
+from drift_jax.sampling.server import SERVED_NAME
 from tests.conftest import REPO
 from tests.tiny_pairs import build_tiny_policy
 from tests.wildbench_files import write_checkout, write_outputs, write_tasks
@@ -26,14 +25,8 @@ KEY = "EVALUATION_JUDGE_KEY"
 @pytest.fixture(scope="module")
 def judge(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """With room for the judge's prompts, which the servers of `servers` have not."""
-    config = make_config(demo_model_dir, vllm={"max_model_len": 1024})
-    log = tmp_path_factory.mktemp("judge") / "vllm.log"
-    server = VllmServer(config, load_qwen_config(demo_model_dir), demo_model_dir, log)
-    try:
-        server.start(QUIET)
-        yield Running(server, demo_model_dir)
-    finally:
-        server.stop()
+    with serving(demo_model_dir, 1024, tmp_path_factory.mktemp("judge") / "vllm.log") as started:
+        yield started
 
 
 def command(judge: Running, tmp_path: Path, model: Path, *words: object) -> list[str]:
