@@ -96,7 +96,7 @@ class SamplingConfig:
     __pydantic_config__ = _FORBID_EXTRA
 
     engine: Literal["local", "vllm"] = "local"  # the JAX sampler, or vLLM servers (section `vllm`)
-    style: Literal["chat", "paper", "unguided"] = "chat"
+    style: Literal["chat", "complaint", "paper", "unguided"] = "chat"
     temperature: NonNegativeFloat = 0.7  # 0 is greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     top_k: NonNegativeInt = 0  # 0: off

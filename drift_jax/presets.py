@@ -60,6 +60,7 @@ CHOICES: Mapping[str, Mapping[str, str]] = {
     },
     "sampling.style": {
         "chat": "dialogue, reply, complaint and request to improve through the chat template",
+        "complaint": "dialogue, reply and complaint through the chat template, without the request",
         "paper": "the authors' plain text, without a chat template",
         "unguided": "the dialogue alone through the chat template",
     },

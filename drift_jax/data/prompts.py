@@ -1,7 +1,9 @@
-"""The prompt by which the policy's reply to a logged record is sampled, in three styles.
+"""The prompt by which the policy's reply to a logged record is sampled, in four styles.
 
     chat      the dialogue, the logged reply, the complaint and the request to improve, through the model's
               own chat template: what an instruction-tuned model was trained to read
+    complaint the same without the request: small models answer that request ("Here is a revised version ...") where
+              they should answer the user
     paper     the authors' plain text, character by character (github.com/cacayaya/DRIFT, sampling script)
     unguided  the dialogue alone, through the chat template; the only one for SAT records
 
@@ -74,13 +76,15 @@ def paper_prompt_text(record: DsatRecord) -> str:
 
 def _chat(record: DsatRecord, tokenizer: ChatTokenizer) -> list[int]:
     # The instruction is part of the user's turn: many templates refuse a system message that is not first.
-    return tokenizer.encode_chat(
-        [
-            *record.prompt,
-            Message("assistant", record.rejected),
-            Message("user", f"{record.user_preference}\n\n{IMPROVE_INSTRUCTION}"),
-        ]
-    )
+    return _after_reply(record, f"{record.user_preference}\n\n{IMPROVE_INSTRUCTION}", tokenizer)
+
+
+def _complaint(record: DsatRecord, tokenizer: ChatTokenizer) -> list[int]:
+    return _after_reply(record, record.user_preference, tokenizer)
+
+
+def _after_reply(record: DsatRecord, said: str, tokenizer: ChatTokenizer) -> list[int]:
+    return tokenizer.encode_chat([*record.prompt, Message("assistant", record.rejected), Message("user", said)])
 
 
 def _paper(record: DsatRecord, tokenizer: ChatTokenizer) -> list[int]:
@@ -93,6 +97,7 @@ def _unguided(record: Record, tokenizer: ChatTokenizer) -> list[int]:
 
 PROMPT_STYLES: dict[str, Callable[[Any, ChatTokenizer], list[int]]] = {
     "chat": _chat,
+    "complaint": _complaint,
     "paper": _paper,
     UNGUIDED: _unguided,
 }

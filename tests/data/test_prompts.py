@@ -1,4 +1,4 @@
-"""The sampling prompt in its three styles, and what is cut from a long one."""
+"""The sampling prompt in its four styles, and what is cut from a long one."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ CHAT_SHORT = (
     "<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
+COMPLAINT_SHORT = (
+    f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n"
+    "<|im_start|>user\nSort [2, 1].<|im_end|>\n"
+    "<|im_start|>assistant\n[2, 1]<|im_end|>\n"
+    "<|im_start|>user\nThat is not sorted.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 UNGUIDED_LONG = (
     "<|im_start|>system\nBe brief.<|im_end|>\n"
     "<|im_start|>user\nName a river.<|im_end|>\n"
@@ -75,6 +82,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
         ("paper", SHORT, PAPER_SHORT),
         ("paper", LONG, PAPER_LONG),
         ("chat", SHORT, CHAT_SHORT),
+        ("complaint", SHORT, COMPLAINT_SHORT),
         ("unguided", LONG, UNGUIDED_LONG),
     ],
 )
@@ -105,7 +113,7 @@ def test_the_styles_are_those_of_the_config() -> None:
     assert set(PROMPT_STYLES) == set(get_args(get_type_hints(SamplingConfig)["style"]))
 
 
-@pytest.mark.parametrize("style", ["chat", "paper", "unguided"])
+@pytest.mark.parametrize("style", ["chat", "complaint", "paper", "unguided"])
 def test_long_prompts_keep_their_end(style: str, tokenizer: ChatTokenizer) -> None:
     whole = build_sampling_prompt(LONG, style, tokenizer, 2048)
     size = len(whole.ids)
