@@ -41,7 +41,7 @@ SAMPLES = 2  # replies to a question
 SEED = 1000
 _WORDS = 20
 _ROWS = 8  # replies whose logits are in memory at a time
-_KL_PROMPTS = 16  # questions whose first replies are compared with the base model
+_KL_PROMPTS = 12  # questions whose first replies are compared with the base model
 _LENGTHS = 32  # rows are padded to a multiple of it, so that few programs are compiled
 
 
