@@ -61,7 +61,7 @@ def main() -> int:
         os.sched_setaffinity(0, args.cores)
         work(Task(**json.loads(args.task)), args)
         return 0
-    with clock(args.out / "seconds.json"):
+    with clock(args.out / ("seconds.tune.json" if args.tune else "seconds.json")):
         start([Task("log", "log", 0)], args)
         start(tuning(args.methods) if args.tune else comparison(args.methods, args.seeds), args)
     print(json.dumps(best_rates(args) if args.tune else results(args)))
