@@ -90,7 +90,7 @@ def _build_environment() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     # Chat templates write text for a tokenizer, not HTML.
-    environment = ImmutableSandboxedEnvironment(  # noqa: S701
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json

@@ -21,7 +21,10 @@ CHATML = (
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 EXCESSES = {
     "loops": (ENDLESS, "not done after 1 seconds"),
-    "within the tag of transformers": ("{% generation %}" + ENDLESS + "{% endgeneration %}", "not done after 1 seconds"),
+    "within the tag of transformers": (
+        "{% generation %}" + ENDLESS + "{% endgeneration %}",
+        "not done after 1 seconds",
+    ),
     "power": ("{{ 10 ** (10 ** 10) }}", "not done after 1 seconds"),
     "calls": (
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
