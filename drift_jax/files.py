@@ -46,9 +46,19 @@ def check_checkpoint_place(directory: Path) -> None:
     """Raises `StageError` for a directory whose path Orbax would take for a pattern: it finds no file there again."""
     if set("*?[]") & set(str(directory.absolute())):
         raise StageError(
-            f"checkpoints cannot be kept in {directory}: a path with one of * ? [ ] is a pattern to Orbax. Give another "
-            "directory with --run-dir or --out."
+            f"checkpoints cannot be kept in {directory}: a path with one of * ? [ ] is a pattern to Orbax. Give "
+            "another directory with --run-dir or --out."
         )
+
+
+def leaves(path: Path, directory: Path) -> bool:
+    """Whether a path, all links followed, is outside of the directory that is to hold it.
+
+    In a cache of the Hugging Face hub a directory `snapshots/REVISION` is made of links into the `blobs` beside it.
+    """
+    root, end = directory.resolve(), path.resolve()
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(end.is_relative_to(place) for place in places)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -88,9 +88,9 @@ def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
       trains: whether this process has the devices of `config.mesh`.
 
     Raises:
-      DriftError: no checkpoints can be kept in the directory; the mesh does not fit the devices, the batches or the model; the tokenizer does not fit the model;
-        a tracker or what a rule of `sampling` needs is not installed; the judge's key is not set; an input file is
-        missing or has bad rows.
+      DriftError: no checkpoints can be kept in the directory; the mesh does not fit the devices, the batches or the
+        model; the tokenizer does not fit the model; a tracker or what a rule of `sampling` needs is not installed;
+        the judge's key is not set; an input file is missing or has bad rows.
     """
     check_checkpoint_place(Path(config.run_dir))
     if trains:

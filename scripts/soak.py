@@ -3,12 +3,13 @@
     python scripts/soak.py [--iterations 20] [--model .cache/tiny_model] [--set KEY=VALUE ...]
 
 After each iteration this process and its children are counted: resident memory, open files, processes, threads, live
-JAX arrays, and the bytes on the disk: what the iteration itself leaves, what its training stages keep as checkpoints, the
-run's own files and caches, and temporary files. From the third iteration on none may grow but what a finished iteration
-has to leave, which must be the same each time. One line of JSON has the figures and the verdict; exit code 1: it leaks.
+JAX arrays, and the bytes on the disk: what the iteration itself leaves, its checkpoints, the run's own files, caches,
+temporary files. From the third iteration on nothing may grow but what a finished iteration has to leave, which must be
+the same each time. One line of JSON has the figures and the verdict; exit code 1: it leaks.
 
-Memory is judged by its trend, as allocators breathe: the median of the last third of the iterations may not be more than
-`--slack` above that of the third before it. The files of a run are those of `configs/debug.yaml`, whatever its length.
+Files, processes and arrays may not grow at all. Memory, threads and caches are judged by their trend over the last two
+thirds of the iterations: allocators and pools breathe, and a batch of a shape that was not there before is one more
+program, in memory and in the cache. So a verdict on few iterations needs batches of one shape.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import itertools
 import json
 import os
 import statistics
@@ -38,7 +40,7 @@ from drift_jax import recipe  # noqa: E402
 from drift_jax.config import RunConfig, load_config  # noqa: E402
 
 FIRST = 3  # the first iteration whose figures are compared: programs are compiled and caches are filled by then
-EXACT = ("open_files", "processes", "threads", "jax_arrays", "temporary_bytes")
+EXACT = ("open_files", "processes", "jax_arrays", "temporary_bytes")
 _SETTLE_S = 5.0  # pools end their threads by themselves, a moment after the work
 
 
@@ -48,7 +50,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=REPO / "configs" / "debug.yaml")
     parser.add_argument("--model", default=str(REPO / ".cache" / "tiny_model"), help="scripts/make_tiny_model.py")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config keys, as in drift run")
-    parser.add_argument("--slack", type=float, default=0.03, help="growth of memory that is still no growth")
+    parser.add_argument("--slack", type=float, default=0.02, help="growth of memory that is still no growth")
     args = parser.parse_args()
     os.chdir(REPO)  # the config's paths
     with tempfile.TemporaryDirectory(prefix="drift-soak-") as folder:
@@ -141,24 +143,24 @@ def judge(figures: Sequence[Mapping[str, Any]], slack: float) -> list[str]:
         if max(values[1:]) > values[0]:
             problems.append(f"{name} grows: {values}")
     third = max(1, len(steady) // 3)
-    for name in ("memory_mib", "peak_mib"):
+    for name, most in (("memory_mib", slack), ("peak_mib", slack), ("threads", 0.1), ("cache_bytes", 0.1)):
         values = [row[name] for row in steady]
         before, last = (statistics.median(part) for part in (values[-2 * third : -third], values[-third:]))
-        if last > before * (1 + slack):
+        if last > before * (1 + most):
             problems.append(f"{name} grows from {before} to {last}: {values}")
-    # What an iteration leaves: the same files each time; texts differ a little in length.
-    for name, most in (("iteration_bytes", 0.02), ("iteration_files", 0.0), ("checkpoints", 0.0)):
+    # What an iteration leaves: weights, moments and rows of the same sizes; texts differ, and so does into how many
+    # files the writer of checkpoints cuts them.
+    for name, most in (("iteration_bytes", 0.03), ("iteration_files", 0.25), ("checkpoints", 0.0)):
         values = [row[name] for row in steady]
         if max(values) > min(values) * (1 + most):
             problems.append(f"{name} differs: {values}")
-    if steady[-1]["cache_bytes"] > steady[0]["cache_bytes"]:
-        problems.append(f"cache_bytes grows: {[row['cache_bytes'] for row in steady]}")
     # The manifest and the log have lines for each stage: they grow by as much each time.
-    grown = [later["run_bytes"] - row["run_bytes"] for row, later in zip(steady, steady[1:], strict=False)]
+    grown = [later["run_bytes"] - row["run_bytes"] for row, later in itertools.pairwise(steady)]
     if max(grown) > 1.1 * min(grown):
         problems.append(f"run_bytes grows by {grown}")
-    earlier = [later["earlier_bytes"] - row["earlier_bytes"] for row, later in zip(steady, steady[1:], strict=False)]
-    if any(grew > row["iteration_bytes"] for grew, row in zip(earlier, steady, strict=False)):
+    # One more iteration is finished each time, and what was finished before stays as it was.
+    earlier = [later["earlier_bytes"] - row["earlier_bytes"] for row, later in itertools.pairwise(steady)]
+    if earlier != [row["iteration_bytes"] for row in steady[:-1]]:
         problems.append(f"iterations that are finished grow: {earlier}")
     return problems
 

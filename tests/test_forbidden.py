@@ -32,9 +32,8 @@ def _of_call(call: ast.Call) -> Iterator[str]:
         yield "trust_remote_code"
     if last in AUTO and name.split(".")[0].startswith("Auto") and "trust_remote_code" not in given:
         yield f"{name} asks at the terminal unless trust_remote_code is False"
-    if given.get("allow_pickle", "False") != "False" or (last == "load" and name.startswith(("np.", "numpy."))):
-        if given.get("allow_pickle") != "False":
-            yield f"{name} without allow_pickle=False"
+    if given.get("allow_pickle", "True" if name in ("np.load", "numpy.load") else "False") != "False":
+        yield f"{name} without allow_pickle=False"
     if name == "torch.load" or last in READERS:
         yield name
     if last == "extractall" and given.get("filter") != "'data'":

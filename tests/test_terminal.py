@@ -69,7 +69,7 @@ def test_markup_in_names_and_drops_is_text() -> None:
     assert out.getvalue().count("[red]x[/red]") == 2 and printable(MARKUP) == MARKUP
 
 
-def test_a_folder_with_markup_in_its_name(drift: Drift, base: Path) -> None:  # noqa: F811
+def test_a_folder_with_markup_in_its_name(drift: Drift, base: Path) -> None:
     """The name is printed as it is. Orbax takes it for a pattern and finds no checkpoint again: refused at once."""
     name, config = "run[red]x[/red][/]", base / "config.yaml"
     code, _, err = drift("run", config, "--run-dir", base / name)
@@ -78,7 +78,7 @@ def test_a_folder_with_markup_in_its_name(drift: Drift, base: Path) -> None:  # 
     assert code == 2 and f"cannot be kept in {base / name}" in err
 
 
-def test_hostile_rows_and_files_in_errors(drift: Drift, base: Path) -> None:  # noqa: F811
+def test_hostile_rows_and_files_in_errors(drift: Drift, base: Path) -> None:
     path = base / "dsat.jsonl"
     row = json.loads(path.read_text().splitlines()[0])
     row["prompt"][0]["role"] = ESCAPES + MARKUP
