@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ from drift_jax.data.mining.config import validate
 from drift_jax.data.mining.detector_config import DetectorConfig
 from drift_jax.endpoint import read_api_key
 from drift_jax.errors import ConfigError
+from tests.cli_runs import CANARY, Drift, base, change_config, drift, model_dir  # noqa: F401
 
 SECRET = "hunter2hunter2hunter2"
 
@@ -89,3 +95,49 @@ def test_a_key_that_no_header_can_carry_is_not_shown(monkeypatch: pytest.MonkeyP
         assert SECRET not in str(caught.value)
     monkeypatch.setenv("SOME_KEY", f"{SECRET}\n")
     assert read_api_key("SOME_KEY") == SECRET
+
+
+# --- nothing of a run holds a key ----------------------------------------------------------------------------
+
+
+class Parrot(BaseHTTPRequestHandler):
+    """A judge that repeats the request's key wherever it can: in refusals, in answers, in what is no answer."""
+
+    asked = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        key, count = self.headers["Authorization"], type(self).asked
+        type(self).asked += 1
+        content = f'{{"best": 1, "reason": "because of {key}"}}' if count % 2 else f"no verdict but {key}"
+        body = json.dumps({"choices": [{"message": {"content": content}}]}) if count else f"{key} is not welcome"
+        self.send_response(200 if count else 400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def parrot() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_no_file_of_a_run_holds_a_key(drift: Drift, base: Path, parrot: str) -> None:
+    """`drift` itself fails when a key is printed."""
+    judge = {"base_url": parrot, "model": "j", "api_key_env": "SOME_JUDGE_KEY", "concurrency": 1}
+    sampling = {"n": 2, "chooser": "judge", "max_similarity": 1, "max_repetition": 1}
+    config = change_config(base / "config.yaml", judge=judge, sampling=sampling, recipe={"iterations": 1})
+    words = ("sample", config, "--model", base / "model", "--input", base / "dsat.jsonl", "--out", base / "out")
+    code, _, err = drift(*words)
+    assert code == 0, err
+    files = [path for path in base.rglob("*") if path.is_file()]
+    assert Parrot.asked > 2 and "because of Bearer ..." in (base / "out" / "verdicts.jsonl").read_text()
+    assert {path.name for path in files} >= {"manifest.json", "verdicts.jsonl", "pairs.train.jsonl"}
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
