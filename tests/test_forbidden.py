@@ -54,6 +54,25 @@ def test_no_call_that_runs_what_it_reads() -> None:
     assert not found, "\n".join(found)
 
 
+def tokenizers_in(source: str) -> set[str]:
+    """Ways round `ChatTokenizer`, by which text of a message could become a control token."""
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    found = {name for name in names if name == "apply_chat_template" or "Tokenizer" in name}
+    return found - {"ChatTokenizer"}
+
+
+def test_text_becomes_ids_in_one_place() -> None:
+    """Sampler, showcase, evaluation and pairs have the same guard against spelled-out control tokens: its tests hold."""
+    package = REPO / "drift_jax"
+    found = {
+        str(path.relative_to(package)): tokenizers_in(path.read_text(encoding="utf-8"))
+        for path in package.rglob("*.py")
+    }
+    assert {path for path, names in found.items() if names} == {"data/tokenizer.py"}
+    assert tokenizers_in("transformers.AutoTokenizer.from_pretrained(a)") and tokenizers_in("t.apply_chat_template(m)")
+
+
 @pytest.mark.parametrize(
     "line",
     [
