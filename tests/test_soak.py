@@ -1,4 +1,4 @@
-"""Five iterations leave nothing behind but what they must, and the verdict sees each way of not being flat."""
+"""Four iterations leave nothing behind but what they must, and the verdict sees each way of not being flat."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def soak() -> Iterator[Any]:
     sys.path[:] = before
 
 
+@pytest.mark.slow
 def test_a_run_is_flat(soak: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = base / "tmp"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    changes = ["recipe.iterations=5", "train.max_steps=1", "train.warmup_ratio=0", "sampling.max_new_tokens=2"]
+    changes = ["recipe.iterations=4", "train.max_steps=1", "train.warmup_ratio=0", "sampling.max_new_tokens=2"]
     figures = soak.soak(load_config(base / "config.yaml", changes), temporary)
-    assert [row["iteration"] for row in figures] == [1, 2, 3, 4, 5]
+    assert [row["iteration"] for row in figures] == [1, 2, 3, 4]
     # Bytes and files of an iteration and the trend of memory: what this process holds besides is no small part of it.
     assert soak.judge(figures, slack=0.05) == []
     assert all(
@@ -63,7 +64,7 @@ LEAKS: dict[str, Callable[[int], float]] = {
     "threads": lambda i: 30 + 2 * i,
     "jax_arrays": lambda i: i,
     "iteration_bytes": lambda i: 100 + 4 * (i == 9),
-    "iteration_files": lambda i: 70 + 2 * i,
+    "iteration_files": lambda i: 70 + 3 * i,
     "checkpoints": lambda i: 2 + (i > 8),
     "cache_bytes": lambda i: 50 + 5 * i,
     "temporary_bytes": lambda i: 8 * (i > 8),
