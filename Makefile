@@ -2,12 +2,13 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm check fmt smoke bench goldens
+.PHONY: help setup quickstart test test-vllm check check-deps fmt smoke soak bench goldens
 
 PYTHON ?= python3
 VENV := .venv
 SMOKE_VENV := .venv-smoke
 VLLM_VENV := .venv-vllm
+DEPS_VENV := .venv-deps
 BIN := $(VENV)/bin
 ALL_EXTRAS := test,dev
 MODEL ?=
@@ -31,8 +32,10 @@ help:
 	@echo "make test         all tests; ARGS='-k losses' picks some, WORKERS=8 runs more at a time"
 	@echo "make test-vllm    the tests that need vLLM; its CPU build goes into .venv-vllm (2 GB)"
 	@echo "make check        style, layers, types"
+	@echo "make check-deps   the lowest versions that pyproject.toml allows, and pip-audit; needs the network, takes minutes"
 	@echo "make fmt          formats the code and mends what can be mended"
 	@echo "make smoke        the loop on a tiny model, on Python 3.12 with the newest jax"
+	@echo "make soak         20 iterations on a tiny model: memory, files, threads and disk must stay flat"
 	@echo "make bench        the benchmarks, scripts/bench_*.py"
 	@echo "make goldens      writes the golden values that tests compare with anew"
 	@echo "PYTHON=python3.12 names another Python (3.11 or newer) for .venv."
@@ -100,6 +103,12 @@ check: $(VENV)/.installed-all
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Installs anew each time: what is lowest is known to the index alone. ARGS='audit --strict' is only the audit.
+check-deps: $(VENV)/.installed-all
+	@$(PYTHON) -m venv $(DEPS_VENV)
+	$(call pip_install,$(DEPS_VENV),uv pip-audit)
+	@$(BIN)/python scripts/check_deps.py --tools $(DEPS_VENV) $(ARGS)
+
 fmt: $(VENV)/.installed-all
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -109,6 +118,10 @@ smoke: $(SMOKE_VENV)/.installed
 	@$(SMOKE_VENV)/bin/python scripts/make_tiny_model.py
 	@run=$$(mktemp -d) && trap 'rm -rf "$$run"' EXIT && \
 	    $(SMOKE_VENV)/bin/drift run configs/debug.yaml --run-dir "$$run/debug"
+
+soak: $(VENV)/.installed-all
+	@$(BIN)/python scripts/make_tiny_model.py
+	@$(BIN)/python scripts/soak.py $(ARGS)
 
 bench: $(VENV)/.installed-all
 	@for script in scripts/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done

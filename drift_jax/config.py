@@ -19,6 +19,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from drift_jax.credentials import ServerArguments, ServerEnvironment, ServerUrl, VariableName, found
 from drift_jax.errors import ConfigError
 from drift_jax.methods import DEFAULT, load_method, method_names
 from drift_jax.presets import apply_preset
@@ -122,9 +123,9 @@ class JudgeConfig:
 
     __pydantic_config__ = _FORBID_EXTRA
 
-    base_url: str = ""  # with its /v1, such as http://127.0.0.1:8000/v1
+    base_url: ServerUrl = ""  # with its /v1, such as http://127.0.0.1:8000/v1
     model: str = ""  # as the server names it
-    api_key_env: str = ""  # the environment variable with the API key; empty: the server asks for none
+    api_key_env: VariableName = ""  # the environment variable with the API key; empty: the server asks for none
     temperature: NonNegativeFloat = 0.0
     max_tokens: PositiveInt = 512  # of a verdict
     timeout_s: PositiveFloat = 120.0  # seconds for a verdict; one that fails is asked for five times
@@ -139,8 +140,8 @@ class VllmConfig:
 
     __pydantic_config__ = _FORBID_EXTRA
 
-    base_urls: tuple[str, ...] = ()  # running servers, such as http://10.0.0.2:8000/v1; empty: one is started
-    api_key_env: str = ""  # the environment variable with their API key; empty: they ask for none
+    base_urls: tuple[ServerUrl, ...] = ()  # running servers, such as http://10.0.0.2:8000/v1; empty: one is started
+    api_key_env: VariableName = ""  # the environment variable with their API key; empty: they ask for none
     served_name: str | None = None  # their name of the model; null: of the one that they serve
     refresh: Literal["auto", "shared", "restart"] = "auto"  # who loads new weights in place: see the README
     python: str | None = None  # interpreter of the environment that has vLLM; null: the one of this command
@@ -149,8 +150,8 @@ class VllmConfig:
     max_model_len: PositiveInt | None = None  # tokens; null: sampling.max_input_length + max_new_tokens
     tensor_parallel: PositiveInt | None = None  # accelerators a model is split over; null: as many as the host has
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # share of an accelerator's memory
-    args: tuple[str, ...] = ()  # further arguments of `vllm serve`
-    env: dict[str, str] = field(default_factory=dict)  # further environment variables of it
+    args: ServerArguments = ()  # further arguments of `vllm serve`
+    env: ServerEnvironment = field(default_factory=dict)  # further environment variables of it
     start_timeout_s: PositiveFloat = 1800  # seconds until it must answer
     request_timeout_s: PositiveFloat = 600  # seconds that one completion may take
     concurrency: PositiveInt = 64  # completions in flight per server
@@ -456,7 +457,7 @@ def _line(error: ErrorDetails) -> str:
         return f"  {key}: unknown key." + (f" Did you mean {close}?" if close else "")
     if error["type"] in ("missing", "missing_argument"):
         return f"  {key}: this key is required."
-    return f"  {key}: {error['msg']}, found {error['input']!r}."
+    return f"  {key}: {error['msg'].removeprefix('Value error, ')}{found(error['loc'], error['input'])}."
 
 
 def _closest(key: str) -> str | None:

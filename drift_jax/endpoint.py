@@ -6,6 +6,7 @@ never printed.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -42,13 +43,18 @@ def read_api_key(variable: str) -> str | None:
     """The key in an environment variable; an empty name means that the server asks for none.
 
     Raises:
-      ConfigError: the variable is not set.
+      ConfigError: the variable is not set, or what it holds cannot be sent as a key; never says what that is.
     """
     if not variable:
         return None
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()  # `$(cat FILE)` of another shell keeps the end of the line
     if not key:
         raise ConfigError(f"the environment variable {variable} is to hold an API key and is not set.")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError(
+            f"what the environment variable {variable} holds is no API key: it has spaces, line ends or other "
+            "characters that no HTTP header can carry. Export the key alone."
+        )
     return key
 
 
@@ -124,13 +130,14 @@ class Endpoint:
             )
         if not answer.content:
             return {}
+        text = self._without_key(answer.text)
         try:
-            return answer.json()
+            return json.loads(text)
         except ValueError:
-            raise EndpointError(f"{url}: the answer is not JSON: {answer.text[:_SHOWN]!r}.", passing=False) from None
+            raise EndpointError(f"{url}: the answer is not JSON: {text[:_SHOWN]!r}.", passing=False) from None
 
     def _without_key(self, text: str) -> str:
-        """Some servers repeat the key that they refuse."""
+        """Some servers repeat the key that they refuse; what they answer is shown, and kept in files."""
         return text.replace(self._api_key, "...") if self._api_key else text
 
     def close(self) -> None:

@@ -42,6 +42,25 @@ def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[
         raise
 
 
+def check_checkpoint_place(directory: Path) -> None:
+    """Raises `StageError` for a directory whose path Orbax would take for a pattern: it finds no file there again."""
+    if set("*?[]") & set(str(directory.absolute())):
+        raise StageError(
+            f"checkpoints cannot be kept in {directory}: a path with one of * ? [ ] is a pattern to Orbax. Give "
+            "another directory with --run-dir or --out."
+        )
+
+
+def leaves(path: Path, directory: Path) -> bool:
+    """Whether a path, all links followed, is outside of the directory that is to hold it.
+
+    In a cache of the Hugging Face hub a directory `snapshots/REVISION` is made of links into the `blobs` beside it.
+    """
+    root, end = directory.resolve(), path.resolve()
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(end.is_relative_to(place) for place in places)
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, atomically. Raises `StageError` as `atomic_writer` does."""
     with atomic_writer(path) as file:

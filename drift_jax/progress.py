@@ -8,12 +8,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import final
 
 import jax
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.control import Control
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -36,7 +40,7 @@ class StageProgress(abc.ABC):
     def advance(self, count: int = 1, text: str | None = None) -> None:
         """`count` more units are done; `text` replaces the live text, such as "loss 0.512"."""
         self.count += count
-        self.text = self.text if text is None else text
+        self.text = self.text if text is None else printable(text)  # such as a server's last line
         self._marks.append((self._clock(), self.count))
         if len(self._marks) == 3 and self._marks[0][1] == 0:
             self._marks.popleft()  # the first unit waits for compilation; its time says nothing of the rest
@@ -188,8 +192,36 @@ def stage_progress(
 
 def printable(text: str, lines: int | None = None) -> str:
     """Text of a model for a terminal: no control characters, which could move the cursor, and at most so many lines."""
-    kept = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text.strip())
-    return "\n".join(kept.splitlines()[:lines])
+    return "\n".join(_without_controls(text.strip()).splitlines()[:lines])
+
+
+def _without_controls(text: str) -> str:
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+@final
+class PrintableOnly(RenderHook):
+    """For every console of the command: what it prints holds no control character but those of rich itself.
+
+    Messages quote rows of chat logs, answers of servers and names in files; an escape sequence among them could clear
+    the screen, set its title or write to the clipboard.
+    """
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [one if isinstance(one, Control) else _Printable(one) for one in renderables]
+
+
+@final
+class _Printable:
+    def __init__(self, what: ConsoleRenderable) -> None:
+        self._what = what
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._what, options):
+            yield segment if segment.control else Segment(_without_controls(segment.text), segment.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._what)
 
 
 def _clock_text(seconds: float | None) -> str:

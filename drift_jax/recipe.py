@@ -24,11 +24,13 @@ from typing import Any, final
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
 from drift_jax.config import RunConfig, config_to_yaml
 from drift_jax.distributed import on_each, on_main
+from drift_jax.files import check_checkpoint_place
 from drift_jax.manifest import Manifest
 from drift_jax.models.hf import load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
@@ -86,10 +88,11 @@ def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
       trains: whether this process has the devices of `config.mesh`.
 
     Raises:
-      DriftError: the mesh does not fit the devices, the batches or the model; the tokenizer does not fit the model;
-        a tracker or what a rule of `sampling` needs is not installed; the judge's key is not set; an input file is
-        missing or has bad rows.
+      DriftError: no checkpoints can be kept in the directory; the mesh does not fit the devices, the batches or the
+        model; the tokenizer does not fit the model; a tracker or what a rule of `sampling` needs is not installed;
+        the judge's key is not set; an input file is missing or has bad rows.
     """
+    check_checkpoint_place(Path(config.run_dir))
     if trains:
         layout = build_layout(config.mesh)
         check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
@@ -155,17 +158,17 @@ class Recipe:
                 "showcase", keys, inputs, lambda: showcase_stage(self.config, initial, policy, path, self.console)
             )
             answers = on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
-        self.console.print(summary_table(self.rows, title=f"{self.run_dir}"))
+        self.console.print(summary_table(self.rows, title=escape(str(self.run_dir))))
         for answer in answers:
             before, after = (printable(answer[when], lines=12) for when in ("before", "after"))
             text = Text.assemble(("before  ", "dim"), before, "\n\n", ("after   ", "bold"), after)
-            self.console.print(Panel(text, title=Text(answer["prompt"]), title_align="left"))
+            self.console.print(Panel(text, title=Text(printable(answer["prompt"])), title_align="left"))
         text = summary_markdown(self.rows)
         on_main(lambda: (self.run_dir / "summary.md").write_text(text, encoding="utf-8"))
         seconds = time.monotonic() - self.started
         memory = "" if self.part else f", at most {peak_rss_gib():.1f} GiB of memory"
         self.console.print(f"{seconds:.0f} seconds{memory}")
-        self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True)
+        self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True, markup=False)
 
     def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
         keys, inputs = on_main(lambda: train_identity(self.config, self.manifest, job))

@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str) -> Any:
     """Raises `yaml.YAMLError` for everything that PyYAML cannot read; it has other names for some of it."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506  (it is a SafeLoader)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         # A date that does not exist, an integer of thousands of digits, `!!timestamp x`, brackets without end.
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None

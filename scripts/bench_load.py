@@ -79,7 +79,7 @@ def measure_transformers(model: Path, dtype: str) -> dict[str, float]:
     from drift_jax.telemetry import peak_rss_gib
 
     start = time.monotonic()
-    AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), trust_remote_code=False)
     return {"peer_peak_rss_gib": round(peak_rss_gib(), 3), "peer_seconds": round(time.monotonic() - start, 2)}
 
 

@@ -42,7 +42,7 @@ Timed = Callable[[list[list[int]], int], float]
 _HF = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]), trust_remote_code=False)
 model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 print("ready", flush=True)
 for line in sys.stdin:

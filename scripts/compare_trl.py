@@ -157,7 +157,7 @@ def run_trl(comparison: Comparison, model_dir: Path) -> Rows:
         )
         rows = [{key: value for key, value in pair_to_row(comparison.pairs[i]).items() if key != "meta"} for i in order]
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False),
             args=arguments,
             # Not AutoTokenizer: by model_type qwen2 it would put its own pre-tokenizer for that of tokenizer.json.
             processing_class=PreTrainedTokenizerFast.from_pretrained(model_dir),

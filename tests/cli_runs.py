@@ -15,18 +15,23 @@ from drift_jax.cli import main
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 
 REPO = Path(__file__).resolve().parent.parent
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "SOME_JUDGE_KEY")
+CANARY = "canary-0123456789-yranac"
 Drift = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture()
 def drift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Drift:
-    """Runs the command in this process: (exit code, stdout, stderr)."""
+    """Runs the command in this process: (exit code, stdout, stderr). No secret of the environment is ever printed."""
+    for name in SECRETS:
+        monkeypatch.setenv(name, CANARY)
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["drift", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
             main()
         out, err = capsys.readouterr()
+        assert CANARY not in out + err
         return int(stopped.value.code or 0), out, err
 
     return call

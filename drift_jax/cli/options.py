@@ -11,6 +11,7 @@ from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.errors import ConfigError
+from drift_jax.progress import PrintableOnly
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")]
 Overrides = Annotated[
@@ -45,7 +46,9 @@ def build_console(stderr: bool = False) -> Console:
     import jax
 
     quiet = not stderr and jax.distributed.is_initialized() and jax.process_index() != 0
-    return Console(stderr=stderr, emoji=False, quiet=quiet)
+    console = Console(stderr=stderr, emoji=False, quiet=quiet)
+    console.push_render_hook(PrintableOnly())
+    return console
 
 
 def refuse_handbook(config: Path) -> None:

@@ -21,6 +21,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from drift_jax.data.mixer import pair_row
+from drift_jax.data.tables import check_table
 from drift_jax.errors import BadRowsError, DataError, StageError
 from drift_jax.files import write_jsonl
 from drift_jax.records import OnBadRow, Pair, Row, pair_to_row, read_pairs
@@ -110,6 +111,7 @@ def _open_split(source: Path, split: str) -> Iterable[Any]:
     for name in _READ:
         if (source / name.format(split)).is_file():
             return _jsonl(source / name.format(split))
+    check_table(source)
     try:
         if (source / "dataset_dict.json").is_file():
             tables = datasets.DatasetDict.load_from_disk(str(source))

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.exceptions import DatasetsError
 
+from drift_jax.data.tables import check_table
 from drift_jax.errors import BadRowsError, DataError
 from drift_jax.files import atomic_writer, write_json, write_jsonl
 from drift_jax.handbook import DatasetMixture, DatasetPart
@@ -238,8 +239,10 @@ def _load(part: DatasetPart) -> _Table:
     for name in (f"pairs.{part.split}.jsonl", f"{part.split}.jsonl"):
         if (directory / name).is_file():
             return _read_jsonl(directory / name)
+    check_table(directory)
     if (directory / "dataset_dict.json").is_file():
         return datasets.DatasetDict.load_from_disk(str(directory))[part.split]
+    check_table(directory / part.split)
     if (directory / part.split / "state.json").is_file():
         return datasets.Dataset.load_from_disk(str(directory / part.split))
     return datasets.load_dataset(part.name, part.config, split=part.split)

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from drift_jax.data.template_trial import find_excess
 from drift_jax.errors import DataError, ModelError
 from drift_jax.records import Message, messages_to_rows
 
@@ -33,6 +34,8 @@ _PROBE = (
     Message("user", "Again?"),
 )
 _PROBE_REPLY = "drift-probe-reply"
+# What a template may write: tools, dates and rules of conduct of its own, and a message in more than one place.
+_MOST_WRITTEN, _MOST_TIMES = 1_000_000, 20
 
 
 def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
@@ -106,6 +109,7 @@ class ChatTokenizer:
         eos_token_ids: Sequence[int],
     ) -> None:
         self._backend = backend
+        _check_template(template, special)
         self._render = _renderer(template, special)
         self._template_chars = frozenset(template)
         self._control = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
@@ -202,9 +206,13 @@ class ChatTokenizer:
             for m in messages
         ]
         try:
-            return self._render(hidden, add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses this dialogue: {error}") from error
+            text = self._render(hidden, add_generation_prompt)
+        except Exception as error:  # a template is a program, and may raise anything
+            raise DataError(f"the chat template refuses this dialogue: {_why(error)}") from error
+        said = sum(len(message.content) for message in messages)
+        if len(text) > _MOST_WRITTEN + _MOST_TIMES * said:
+            raise DataError(f"the chat template writes {len(text):,} characters for a dialogue of {said:,}.")
+        return text
 
     def _shield(self, messages: Sequence[Message]) -> _Shield:
         """What hides the characters of control tokens in messages that hold a control token or a part of one.
@@ -248,8 +256,8 @@ class ChatTokenizer:
         try:
             whole = self._render(dialogue, False)
             asks_for_reply = self._render(dialogue[:1], True) != self._render(dialogue[:1], False)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template cannot render a question and its answer: {error}") from error
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ModelError(f"the chat template cannot render a question and its answer: {_why(error)}") from error
         _, found, tail = whole.rpartition(_PROBE_REPLY)
         match = self._split.search(tail)
         if not found or match is None or not asks_for_reply:
@@ -278,7 +286,9 @@ def _load_backend(directory: Path) -> Tokenizer:
             return Tokenizer.from_file(str(path))
         from transformers import AutoTokenizer
 
-        return Tokenizer.from_str(AutoTokenizer.from_pretrained(directory).backend_tokenizer.to_str())
+        # False, or transformers asks at the terminal whether to run the repository's code.
+        loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except Exception as error:  # the libraries raise bare Exception, OSError, ValueError, AttributeError, ...
         raise ModelError(
             f"{path} cannot be loaded: {error}. Take the file from the model's own repository again, or "
@@ -300,6 +310,23 @@ def _find_chat_template(directory: Path, config: dict[str, Any]) -> str:
             "or put a chat_template.jinja there."
         )
     return template
+
+
+def _check_template(template: str, special: dict[str, str | None]) -> None:
+    """Raises `ModelError` for a template that takes far too much time or memory; see `template_trial`."""
+    named = {key: text for key, text in special.items() if text}
+    rows = [messages_to_rows(messages) for messages in (_PROBE[:1], _PROBE[:2], _PROBE)]
+    dialogues = [
+        {"messages": row, "add_generation_prompt": asks, "tools": None, "documents": None, **named}
+        for row in rows
+        for asks in (False, True)
+    ]
+    excess = find_excess(template, json.dumps(dialogues))
+    if excess is not None:
+        raise ModelError(
+            f"the chat template cannot be used: {excess} for a dialogue of three lines. It is a program of the model's "
+            "repository: take the model from another one, or put a chat_template.jinja of its family there."
+        )
 
 
 def _renderer(template: str, special: dict[str, str | None]) -> Callable[[Sequence[Message], bool], str]:
@@ -376,6 +403,11 @@ def _ids(config: dict[str, Any], key: str) -> list[int]:
     if not all(type(i) is int and i >= 0 for i in values):
         raise ModelError(f"{key} must be a token id or a list of them, found {value!r}.")
     return values
+
+
+def _why(error: Exception) -> str:
+    """What a template said itself, or what went wrong in it."""
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
 
 
 def _first_difference(before: str, whole: str) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from drift_jax.distributed import on_each
 from drift_jax.errors import ModelError
+from drift_jax.files import leaves
 from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
 from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
@@ -107,13 +108,31 @@ class WeightFiles:
                 yield whole[index]
 
 
+def check_links(model_dir: Path) -> None:
+    """Raises `ModelError` for a file of the model that is a link to elsewhere: it would be read, and exported."""
+    names = ["config.json", "model.safetensors.index.json", *COMPANION_FILES]
+    for path in [*(model_dir / name for name in names), *sorted(model_dir.glob("*.safetensors"))]:
+        if path.is_symlink() and leaves(path, model_dir):
+            raise ModelError(
+                f"{path} is a link to {path.resolve()}, outside of the model's directory. If that is meant, copy the "
+                "file there."
+            )
+
+
 def _weight_file_names(model_dir: Path) -> list[Path]:
+    check_links(model_dir)
     index = model_dir / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error!r}). Download it again.") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
+                raise ModelError(
+                    f"{index} names {name!r}: weights are files of this directory, by their name alone. Take the model "
+                    "from another repository."
+                )
         return [model_dir / name for name in names]
     files = sorted(model_dir.glob("*.safetensors"))
     if files:

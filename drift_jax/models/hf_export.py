@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import DriftError, StageError
 from drift_jax.models.architecture import load_hf_config
-from drift_jax.models.hf import COMPANION_FILES, load_qwen_config
+from drift_jax.models.hf import COMPANION_FILES, check_links, load_qwen_config
 from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared
 from drift_jax.models.rows import count_rows, cut_rows, read_rows
@@ -230,6 +230,7 @@ class _Folder:
                 texts["model.safetensors.index.json"] = weight_index(self._files, self._dtype_name)
             for name, value in texts.items():
                 (self._path / name).write_text(json.dumps(value, indent=2) + "\n")
+            check_links(source_dir)
             companions = [name for name in COMPANION_FILES if (source_dir / name).exists()]
             for name in companions:
                 shutil.copyfile(source_dir / name, self._path / name)

@@ -95,7 +95,7 @@ def _environment() -> Environment:
     """Markdown: `code` and `fence` are what keeps text from being read as markup."""
     environment = Environment(
         loader=PackageLoader("drift_jax.report", "templates"),
-        autoescape=False,
+        autoescape=False,  # noqa: S701
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

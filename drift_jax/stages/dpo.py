@@ -19,7 +19,7 @@ from drift_jax.data.rules import build_rules
 from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import PairLogps, preference_numbers
-from drift_jax.files import write_json, write_jsonl
+from drift_jax.files import check_checkpoint_place, write_json, write_jsonl
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.attention import resolve_attention
@@ -52,6 +52,7 @@ class TrainJob:
 
 def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     """Reference pass, then DPO; leaves the last checkpoint, metrics.jsonl and eval.json."""
+    check_checkpoint_place(job.out_dir)
     layout = build_layout(config.mesh)
     check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
     tokenizer = open_tokenizer(job.model_dir)
@@ -68,7 +69,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
             "train.warmup_ratio to 0, or train longer."
         )
     for line in (describe_rules(config), describe_cuts(train, test), describe_optimizer(config.train, steps)):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     trainer = build_trainer(config, job.model_dir, layout, steps)
     job.out_dir.mkdir(parents=True, exist_ok=True)
     run = _Stage(config, job, trainer, train, test, steps, console)
@@ -219,7 +220,7 @@ class _Stage:
         if step == 1 and self.job.reference_dir == self.job.model_dir:
             check_first_loss(numbers, train, self.config.model.compute_dtype)
         for message in check_params_changed(step, numbers, train):
-            self.console.print(message, highlight=False, soft_wrap=True)
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
         del numbers["params_changed"]
         for message in watch.update(step, numbers):
             self.warn(message)

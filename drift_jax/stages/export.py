@@ -27,7 +27,7 @@ def export_stage(config: RunConfig, checkpoints: Path, source_dir: Path, out_dir
         if step is None:
             raise StageError(f"{checkpoints} holds no whole checkpoint. Run the training stage first.")
         params = checkpointer.restore(step, {"params": abstract_params(declared, layout)})["params"]
-    console.print(f"writing {out_dir} ({config.export.dtype})", highlight=False, soft_wrap=True)
+    console.print(f"writing {out_dir} ({config.export.dtype})", highlight=False, soft_wrap=True, markup=False)
     save_hf(params, source_dir, out_dir, config.export.dtype, config.export.max_shard_gib)
     size = on_main(lambda: sum(f.stat().st_size for f in out_dir.glob("*.safetensors")))
     return {"step": step, "bytes": size, "path": str(out_dir)}

@@ -37,7 +37,7 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     """Stored log-probs, when they are of exactly these tokens in this order."""
     if not path.exists():
         return None
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
         if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
             return None
         return RefLogps(stored["ref_logps"], stored["ref_last_logps"])

@@ -85,7 +85,7 @@ def build_trainer(task: Task, rows: Sequence[dict[str, list[int]]], out: str) ->
         log_level="error",
     )
     trainer = TimedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(task.model_dir, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(task.model_dir, dtype=torch.float32, trust_remote_code=False),
         args=arguments,
         # Not AutoTokenizer: by model_type qwen2 it would put its own pre-tokenizer for that of tokenizer.json.
         processing_class=PreTrainedTokenizerFast.from_pretrained(task.model_dir),

@@ -114,6 +114,45 @@ def test_a_missing_shard_is_named(model_dir: Path) -> None:
         load_params(model_dir, single_device())
 
 
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", 7])
+def test_an_index_names_files_of_its_directory_alone(model_dir: Path, tmp_path: Path, name: object) -> None:
+    shutil.copytree(model_dir, tmp_path / "other")
+    index = {"weight_map": dict.fromkeys(read_all(model_dir), name)}
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="index.json names .*by their name alone"):
+        load_params(model_dir, single_device())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_link_that_leaves_the_directory_is_refused(model_dir: Path, tmp_path: Path, name: str) -> None:
+    params = load_params(model_dir, single_device())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes((model_dir / name).read_bytes() if (model_dir / name).exists() else b"{}")
+    (model_dir / name).unlink(missing_ok=True)
+    (model_dir / name).symlink_to(elsewhere)
+    with pytest.raises(ModelError, match=f"{name} is a link to .*elsewhere, outside of the model's directory"):
+        load_params(model_dir, single_device())
+    with pytest.raises(ModelError, match="outside of the model's directory"):
+        save_hf(params, model_dir, tmp_path / "out", "float32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_of_the_hub_is_made_of_links(model_dir: Path, tmp_path: Path) -> None:
+    """`snapshots/REVISION/NAME` is a link into `blobs`, as the hub's client leaves it."""
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for path in model_dir.iterdir():
+        shutil.copyfile(path, cache / "blobs" / f"hash-of-{path.name}")
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / f"hash-of-{path.name}")
+    found = load_params(snapshot, single_device())
+    save_hf(found, snapshot, tmp_path / "out", "float32")
+    assert read_all(tmp_path / "out").keys() == read_all(model_dir).keys()
+    (tmp_path / "linked").symlink_to(snapshot)  # as a whole a model may be a link
+    load_params(tmp_path / "linked", single_device())
+
+
 def test_a_differing_tied_head_is_refused(tmp_path: Path) -> None:
     source = build_tiny_model(tmp_path / "m", tied=True)
     tensors = read_all(source)

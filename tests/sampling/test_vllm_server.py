@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import signal
 import socket
@@ -160,6 +161,34 @@ def test_a_server_that_is_never_ready_is_ended(model_dir: Path, tmp_path: Path) 
     with pytest.raises(StageError, match=r"not ready after 3 s. Raise vllm.start_timeout_s"):
         server.start(QUIET)
     assert not is_alive(int(log.read_text().split()[1]))
+
+
+def test_what_is_started_listens_here_alone_with_a_new_key_each_time(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real command line, as the process itself and the list of processes have it."""
+    program = """
+import json, os, sys
+line = open("/proc/self/cmdline", "rb").read().decode().split("\\0") if os.path.exists("/proc/self/cmdline") else []
+with open(os.environ["SEEN"], "a") as file:
+    file.write(json.dumps([sys.argv, line, os.environ["VLLM_API_KEY"], os.environ["VLLM_HOST_IP"]]) + "\\n")
+sys.exit(7)
+"""
+    seen, log = tmp_path / "seen.jsonl", tmp_path / "stage" / "vllm.log"
+    config = make(python=str(fake_environment(tmp_path, program)), device="cpu", env={"SEEN": str(seen)})
+    monkeypatch.setenv("HF_TOKEN", "canary-of-the-hub")
+    server = VllmServer(config, load_qwen_config(model_dir), model_dir, log)
+    for _ in range(2):
+        with pytest.raises(StageError, match="exit code 7") as caught:
+            server.start(QUIET)
+    starts = [json.loads(line) for line in seen.read_text().splitlines()]
+    keys = {key for _, _, key, _ in starts}
+    assert len(starts) == len(keys) == 2 and all(len(key) >= 32 for key in keys)
+    for words, line, key, host in starts:
+        assert words[words.index("--host") + 1] == host == "127.0.0.1" and words.count("--host") == 1
+        assert "--trust-remote-code" not in words and key not in " ".join([*words, *line])
+        assert key not in log.read_text() + str(caught.value)
+    assert "canary" not in log.read_text() + str(caught.value)
 
 
 # --- nothing stays behind ---------------------------------------------------------------------------------

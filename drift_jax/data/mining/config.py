@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from drift_jax.config import NonNegativeInt, PositiveInt, Share, apply_override
+from drift_jax.credentials import found
 from drift_jax.errors import ConfigError
 from drift_jax.yaml_files import read_yaml
 
@@ -126,6 +127,9 @@ def validate(kind: type[ConfigT], raw: dict[str, Any], source: str) -> ConfigT:
     try:
         return TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}." for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}{found(e['loc'], e['input'])}."
+            for e in error.errors()
+        ]
         keys = ", ".join(f.name for f in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
         raise ConfigError(f"{source}:\n" + "\n".join(lines) + f"\nThe keys are {keys}.") from None

@@ -17,6 +17,7 @@ from typing import Any, Literal, final
 
 from drift_jax.data.mining import text_rows
 from drift_jax.data.mining.text_rows import BadRow, Numbered
+from drift_jax.data.tables import check_table
 from drift_jax.errors import BadRowsError, DataError
 from drift_jax.records import LFS_HEADER
 
@@ -250,6 +251,7 @@ def _dataset_rows(source: Source, advance: Advance) -> Iterator[Numbered]:
 
     try:
         if source.kind == "disk":
+            check_table(Path(source.location))
             table: Any = datasets.load_from_disk(source.location)
         else:
             table = datasets.load_dataset(
