@@ -9,10 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_jax.errors import ConfigError, DataError
+from drift_jax.files import write_jsonl
+from drift_jax.records import Message, SatRecord, sat_to_row
 from drift_jax.report import page
 from drift_jax.report.card import code_span, write_card
 from drift_jax.report.page import render_page, write_page
@@ -136,6 +139,23 @@ def test_a_missing_file_of_records_is_said_and_costs_only_the_complaints(tmp_pat
     data = build_browser([load_run(run)], ROOM)
     assert "complaints are not shown" in data["missing"][0]
     assert data["records"][0]["complaint"] is None and data["records"][0]["texts"]
+
+
+def test_records_of_spin_are_the_sat_ones_and_nobody_complained(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    config["recipe"]["method"], config["data"]["sat"] = "spin", str(tmp_path / "sat.jsonl")
+    (run / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    sat = [
+        SatRecord(f"r{i}", (Message("user", plain(i, "sat prompt")),), plain(i, "liked"), "Thanks.")
+        for i in range(24 + DROPPED)
+    ]
+    write_jsonl(tmp_path / "sat.jsonl", map(sat_to_row, sat))
+    records = {record["id"]: record for record in build_browser([load_run(run)], ROOM)["records"]}
+    assert records["r24"]["prompt"] == [["user", plain(24, "sat prompt")]]  # only a drop is known of it
+    assert all(record["complaint"] is None for record in records.values())
+    (tmp_path / "sat.jsonl").unlink()
+    assert "prompts are not shown" in build_browser([load_run(run)], ROOM)["missing"][0]
 
 
 def test_records_beyond_the_limit_are_left_out_and_counted(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import DriftError
 from drift_jax.journal import read_rows
-from drift_jax.records import Message, read_dsat, read_pairs
+from drift_jax.methods import DEFAULT, UNGUIDED, load_method, method_names
+from drift_jax.records import DsatRecord, Message, Rows, read_dsat, read_pairs, read_sat
 from drift_jax.report.runs import Run, Stage, read_json_file
 
 _MOST_CHARACTERS = 20_000  # of one text
 _SPLITS = ("train", "test")
 _WHOLE = "record left out"
+_READERS: Mapping[str, Callable[..., Rows[Any]]] = {"dsat": read_dsat, "sat": read_sat}
 
 
 def build_browser(runs: Sequence[Run], most_bytes: int) -> dict[str, Any]:
@@ -122,18 +124,17 @@ def _completions(folder: Path) -> list[dict[str, Any]]:
 
 def _logged(run: Run) -> tuple[Mapping[str, str], Mapping[str, list[list[str]]], list[str]]:
     """Complaints and prompts by id, and what is to be said of files that cannot be read."""
-    named = run.config.get("data", {}).get("dsat")
+    method = run.config.get("recipe", {}).get("method", DEFAULT)
+    kind = load_method(method, UNGUIDED).records if method in method_names() else "dsat"
+    named = run.config.get("data", {}).get(kind)
     if not named:
         return {}, {}, []
     try:
-        records = read_dsat(named, "skip").records
+        records = _READERS[kind](named, "skip").records
     except DriftError as error:
-        return {}, {}, [f"{run.name}: complaints are not shown, {error}"]
-    return (
-        {record.id: _cut(record.user_preference) for record in records},
-        {record.id: _messages(record.prompt) for record in records},
-        [],
-    )
+        return {}, {}, [f"{run.name}: {'complaints' if kind == 'dsat' else 'prompts'} are not shown, {error}"]
+    complaints = {record.id: _cut(record.user_preference) for record in records if isinstance(record, DsatRecord)}
+    return complaints, {record.id: _messages(record.prompt) for record in records}, []
 
 
 def _messages(prompt: Sequence[Message]) -> list[list[str]]:
