@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -101,6 +101,11 @@ class Layout:
     def sizes(self) -> dict[str, int]:
         """Devices per axis, in the order of the config."""
         return {axis: self.mesh.shape[axis] for axis in _NAMED_AXES}
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for layouts by which the same program would be compiled."""
+        return self.mesh, tuple(sorted(self.rules.items())), self.strategy
 
     def ways(self, dim: str | None) -> int:
         """Into how many parts the mesh splits a dim."""

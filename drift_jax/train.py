@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from drift_jax.compiled import recall
 from drift_jax.config import TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, count_tokens, put_batch
 from drift_jax.losses import (
@@ -227,6 +228,58 @@ def measure_step(
     return logps, global_norm(grads)
 
 
+class _Programs(NamedTuple):
+    """What of a trainer depends on no weights."""
+
+    setup: StepSetup
+    abstract_state: TrainState
+    init: Any  # the jitted functions, from here on
+    step: Any
+    score: Any
+    measure: Any
+
+
+def _build_programs(
+    graphdef: Any,
+    declared: dict[str, Any],
+    layout: Layout,
+    config: TrainConfig,
+    remat: str,
+    total_steps: int,
+    attention: str,
+    scan_layers: bool | None,
+) -> _Programs:
+    platform, everywhere = layout.platform, replicated(layout)
+    backend = resolve_attention(attention, platform)
+    optimizer, schedule = build_optimizer(config, total_steps), build_schedule(config, total_steps)
+    scan = resolve_scan(scan_layers, remat, platform, layout.devices)
+    setup = StepSetup(platform, graphdef, config, remat, scan, backend, optimizer, schedule)
+    params = abstract_params(declared, layout, jnp.dtype(config.master_dtype))
+    state = _abstract_state(optimizer, params, everywhere)
+    # Pinned: a state that came back placed differently would be compiled for a second time.
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return _Programs(
+        setup,
+        state,
+        init=jax.jit(optimizer.init, out_shardings=placement.opt_state),
+        step=jax.jit(partial(train_step, setup), donate_argnums=0, out_shardings=(placement, everywhere)),
+        score=jax.jit(partial(score_step, setup), out_shardings=everywhere),
+        measure=jax.jit(partial(measure_step, setup), out_shardings=everywhere),
+    )
+
+
+def _abstract_state(optimizer: optax.GradientTransformation, params: dict[str, Any], rest: Any) -> TrainState:
+    """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rest),
+    )
+    return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=rest))
+
+
 @final
 class Trainer:
     """A policy with its optimizer on a mesh: the one place where jit, shardings and donation are applied."""
@@ -243,38 +296,17 @@ class Trainer:
         scan_layers: bool | None = None,
     ) -> None:
         self.layout = layout
-        platform = layout.platform
-        backend = resolve_attention(attention, platform)
-        optimizer = build_optimizer(config, total_steps)
-        schedule = build_schedule(config, total_steps)
-        scan = resolve_scan(scan_layers, remat, platform, layout.devices)
-        self.setup = StepSetup(platform, graphdef, config, remat, scan, backend, optimizer, schedule)
-        self.abstract_state = self._abstract_state(abstract_params(declared, layout, jnp.dtype(config.master_dtype)))
-        # Pinned: a state that came back placed differently would be compiled for a second time.
-        placement = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self.jitted_step = jax.jit(
-            partial(train_step, self.setup), donate_argnums=0, out_shardings=(placement, replicated(layout))
-        )
-        self.jitted_score = jax.jit(partial(score_step, self.setup), out_shardings=replicated(layout))
-        self.jitted_measure = jax.jit(partial(measure_step, self.setup), out_shardings=replicated(layout))
-
-    def _abstract_state(self, params: dict[str, Any]) -> TrainState:
-        """Shapes, dtypes and placements of the state; each moment lies where its parameter lies."""
-        rest = replicated(self.layout)
-        opt_state = optax.tree.map_params(
-            self.setup.optimizer,
-            lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
-            jax.eval_shape(self.setup.optimizer.init, params),
-            params,
-            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rest),
-        )
-        return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=rest))
+        # The rest follows from these: the model's sizes are part of its code.
+        key = (graphdef, layout.key, config, remat, total_steps, attention, scan_layers)
+        build = partial(_build_programs, graphdef, declared, layout, config, remat, total_steps, attention, scan_layers)
+        programs = recall("trainer", key, build)
+        self.setup, self.abstract_state, self.jitted_init, self.jitted_step = programs[:4]
+        self.jitted_score, self.jitted_measure = programs.score, programs.measure
+        self._shapes_before = self._shapes()
 
     def init_state(self, params: dict[str, Any]) -> TrainState:
         """Fresh optimizer state around the given parameters."""
-        placement = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state.opt_state)
-        opt_state = jax.jit(self.setup.optimizer.init, out_shardings=placement)(params)
-        return self.state_at(0, params, opt_state)
+        return self.state_at(0, params, self.jitted_init(params))
 
     def state_at(self, step: int, params: dict[str, Any], opt_state: optax.OptState) -> TrainState:
         """The state after `step` updates, from restored parts."""
@@ -286,7 +318,10 @@ class Trainer:
             return self.jitted_step(state, put_batch(batch, self.layout))
 
     def compiled_shapes(self) -> int:
-        """How many programs the update was compiled to: one per row length, no more."""
+        """How many programs the update was compiled to by this trainer: one per row length, no more."""
+        return self._shapes() - self._shapes_before
+
+    def _shapes(self) -> int:
         return self.jitted_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def score_pairs(

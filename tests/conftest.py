@@ -44,6 +44,14 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 install_import_hook("drift_jax", "tests.conftest.checked")
 
 
+@pytest.fixture(autouse=True)
+def programs_of_this_test() -> None:
+    """A test that replaces part of a program must not get the one that the test before has traced."""
+    from drift_jax import compiled
+
+    compiled._LAST.clear()
+
+
 @pytest.fixture(scope="session")
 def demo_model_dir() -> Path:
     """The converted demo model: in DRIFT_DEMO_MODEL or `.cache/demo_model`, fetched when it is not there."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from drift_jax.compiled import recall
 from drift_jax.errors import ModelError
 from drift_jax.models.attention import resolve_attention
 from drift_jax.models.decoding import (
@@ -156,6 +157,43 @@ def split_policy(policy: Policy) -> Policy:
     return replace(policy, params=split_layers(policy.params, consume=True))
 
 
+class _Programs(NamedTuple):
+    """The jitted functions of a sampler, which depend on no weights."""
+
+    init: Any
+    prefill: Any
+    insert: Any
+    copy: Any
+    grow: Any
+    init_rows: Any
+    admit: Any
+    generate: Any
+
+
+def _build_programs(policy: Policy, batch_size: int, attention: str) -> _Programs:
+    graphdef, layout = policy.graphdef, policy.layout
+    backend, options = resolve_attention(attention, layout.platform), _COMPILER_OPTIONS.get(layout.platform)
+    # Every process of the mesh reads what was drawn. All programs give the cache the same placement: one that came
+    # with another would be compiled for anew.
+    everywhere, placed = replicated(layout), cache_shardings(policy.config, layout, batch_size, keeps_stacks(layout))
+    return _Programs(
+        init=jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4), out_shardings=placed),
+        prefill=jax.jit(partial(prefill, backend, graphdef), compiler_options=options),
+        insert=jax.jit(insert, donate_argnums=0, out_shardings=placed),
+        copy=jax.jit(copy_slots, donate_argnums=0, out_shardings=placed),
+        grow=jax.jit(grow_cache, static_argnums=1, out_shardings=placed),
+        init_rows=jax.jit(init_rows, static_argnums=(0, 1), out_shardings=everywhere),
+        admit=jax.jit(admit_rows, donate_argnums=0, out_shardings=everywhere),
+        generate=jax.jit(
+            partial(generate, graphdef),
+            static_argnums=0,
+            donate_argnums=(3, 4),
+            out_shardings=(everywhere, placed),
+            compiler_options=options,
+        ),
+    )
+
+
 @final
 class LocalSampler(Sampler):
     """Samples with the policy's weights in this process.
@@ -174,26 +212,8 @@ class LocalSampler(Sampler):
         # A CPU computes what of the room is empty; elsewhere compiling anew costs more.
         self.room_steps = 4 if policy.layout.platform == "cpu" else 2
         self.dtype = compute_dtype(policy.graphdef, policy.params)  # of keys and values
-        graphdef, backend = policy.graphdef, resolve_attention(attention, policy.layout.platform)
-        # Every process of the mesh reads what was drawn. All programs give the cache the same placement: one that came
-        # with another would be compiled for anew.
-        everywhere = replicated(policy.layout)
-        placed = cache_shardings(policy.config, policy.layout, batch_size, self.stacked)
-        self.jitted_init = jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4), out_shardings=placed)
-        options = _COMPILER_OPTIONS.get(policy.layout.platform)
-        self.jitted_prefill = jax.jit(partial(prefill, backend, graphdef), compiler_options=options)
-        self.jitted_insert = jax.jit(insert, donate_argnums=0, out_shardings=placed)
-        self.jitted_copy = jax.jit(copy_slots, donate_argnums=0, out_shardings=placed)
-        self.jitted_grow = jax.jit(grow_cache, static_argnums=1, out_shardings=placed)
-        self.jitted_init_rows = jax.jit(init_rows, static_argnums=(0, 1), out_shardings=everywhere)
-        self.jitted_admit = jax.jit(admit_rows, donate_argnums=0, out_shardings=everywhere)
-        self.jitted_generate = jax.jit(
-            partial(generate, graphdef),
-            static_argnums=0,
-            donate_argnums=(3, 4),
-            out_shardings=(everywhere, placed),
-            compiler_options=options,
-        )
+        key = (policy.graphdef, policy.config, policy.layout.key, batch_size, attention)
+        self.jitted = recall("sampler", key, partial(_build_programs, policy, batch_size, attention))
         self._params: dict[str, Any] | None = None
 
     @property
@@ -218,7 +238,7 @@ class LocalSampler(Sampler):
 
         state = jax.eval_shape(partial(init_rows, rows, sampling.max_new_tokens))
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        return self.jitted_generate.lower(
+        return self.jitted.generate.lower(
             DrawRule.of(sampling),
             params,
             number,
@@ -254,7 +274,7 @@ class _Session:
         per_part = min(sampler.batch_size // sampler.parts, needed)
         self.table = SlotTable(requests, sampler.parts, per_part, _BUDGET)
         self.everywhere = replicated(sampler.policy.layout)
-        self.rows = sampler.jitted_init_rows(self.table.rows, params.max_new_tokens)
+        self.rows = sampler.jitted.init_rows(self.table.rows, params.max_new_tokens)
         self.cache: KVCache | None = None
         self.lengths = np.zeros(self.table.rows, np.int64)  # as the device has them
 
@@ -265,7 +285,7 @@ class _Session:
             self._make_room(1)
             idle = self.table.rows - len(self.table.running)
             enough = idle + max(1, self.table.rows // _REFILL) if self.table.waiting else self.table.rows
-            self.rows, self.cache = self.sampler.jitted_generate(
+            self.rows, self.cache = self.sampler.jitted.generate(
                 self.rule,
                 self.sampler.params,
                 self._put(np.int32(self.sampling.seed)),
@@ -289,14 +309,14 @@ class _Session:
         words[slots] = row_words((request.row_id, request.sample) for request in requests)
         self._make_room(0)
         sampler, lengths = self.sampler, self.lengths.astype(np.int32)
-        self.rows = sampler.jitted_admit(self.rows, *map(self._put, (fresh, lengths, last, words)))
+        self.rows = sampler.jitted.admit(self.rows, *map(self._put, (fresh, lengths, last, words)))
         if admission.inserts:
-            prompts = sampler.jitted_prefill(sampler.params, *map(self._put, (admission.ids, admission.positions)))
+            prompts = sampler.jitted.prefill(sampler.params, *map(self._put, (admission.ids, admission.positions)))
             where = map(self._put, (admission.slots, admission.starts, np.int32(admission.inserts)))
-            self.cache = sampler.jitted_insert(self.cache, prompts, *where)
+            self.cache = sampler.jitted.insert(self.cache, prompts, *where)
         if admission.copies:
             which = map(self._put, (admission.sources, admission.targets, np.int32(admission.copies)))
-            self.cache = sampler.jitted_copy(self.cache, *which)
+            self.cache = sampler.jitted.copy(self.cache, *which)
 
     def _make_room(self, tokens: int) -> None:
         """Lets the cache have room for so many more tokens of every running row."""
@@ -305,9 +325,9 @@ class _Session:
         needed = round_length(longest + tokens, sampler.room_steps)
         if self.cache is None:
             config, rows = sampler.policy.config, self.table.rows
-            self.cache = sampler.jitted_init(config, rows, needed, sampler.dtype, sampler.stacked)
+            self.cache = sampler.jitted.init(config, rows, needed, sampler.dtype, sampler.stacked)
         elif self.cache.slots < needed:
-            self.cache = sampler.jitted_grow(self.cache, needed)
+            self.cache = sampler.jitted.grow(self.cache, needed)
 
     def _collect(self) -> list[Completion]:
         """The completions of rows that have ended since; their slots are free then."""

@@ -90,13 +90,13 @@ def test_samples_of_a_prompt_share_its_computation(model_dir: Path) -> None:
     """Four samples, with slots for two at a time: the prompt goes through the layers once, and the draws differ."""
     sampler, prompt = LocalSampler(open_policy(model_dir), 2), requests()[3].prompt_ids
     computed: list[int] = []
-    prefill = sampler.jitted_prefill
+    prefill = sampler.jitted.prefill
 
     def count(params: object, ids: jax.Array, positions: jax.Array) -> object:
         computed.append(int((np.asarray(positions) > 0).sum()) + 1)
         return prefill(params, ids, positions)
 
-    sampler.jitted_prefill = count
+    sampler.jitted = sampler.jitted._replace(prefill=count)
     draws = sampler.sample([SampleRequest("x", n, prompt) for n in range(4)], WARM)
     assert computed == [len(prompt) - 1]
     assert len({c.token_ids for c in draws}) == 4
