@@ -100,6 +100,11 @@ class Manifest:
         self._data["stages"][stage] |= {"finished": _now(), "summary": dict(summary)}
         self._write()
 
+    def reopen(self, stage: str) -> None:
+        """Of a stage whose result was lost: it is to be done again, from what is left of it."""
+        self._data["stages"][stage] |= {"finished": None, "summary": {}}
+        self._write()
+
     def is_finished(self, stage: str) -> bool:
         """Whether a stage was finished, whatever it was made from."""
         return self._data["stages"].get(stage, {}).get("finished") is not None
