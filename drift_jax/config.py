@@ -217,6 +217,7 @@ class CheckpointConfig:
 
     # Updates between saves, or every epoch, or only at the end; the last update is always saved.
     every_steps: PositiveInt | Literal["epoch", "end"] = 100
+    every_minutes: PositiveFloat | None = 30  # minutes after which one is saved besides; null: by updates only
     keep: PositiveInt = 2  # newest checkpoints kept
 
 

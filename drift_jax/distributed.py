@@ -2,7 +2,8 @@
 
 Every process runs the same program. What is read or written once (manifest, metrics, the run folder's files) is process
 0's work, and the others get its result or its error; what is divided (tokenising, sampling) is gathered. All of these
-are collectives: every process must come to them, in the same order. So an error on one process is raised on all.
+are collectives: every process must come to them, in the same order. So an error on one process is raised on all, and
+so is `Stopped`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from drift_jax import stopping
 from drift_jax.errors import ConfigError, DriftError, PeerError
+from drift_jax.stopping import Stopped
 
 # A process that is gone is noticed after this many seconds without a sign of life; the others then end as well.
 _HEARTBEAT_S = 30
@@ -64,7 +67,7 @@ def start_processes(processes: Processes, environment: Mapping[str, str] = os.en
         raise ConfigError(
             f"--process-id {processes.index} must be from 0 to {processes.count - 1} (--num-processes - 1)."
         )
-    # A signal to end is to end the process; JAX would keep it for a save that is asked for at every step.
+    # Signals to end are heeded by stopping.py; JAX's service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -150,7 +153,7 @@ def on_main(work: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return work()
     result, error = _attempt(work if is_main() else lambda: None)
-    answers = gather({"problem": error and str(error), "result": result})
+    answers = gather(_answer(error) | {"result": result})
     _raise_first(error, answers)
     return answers[0]["result"]
 
@@ -160,7 +163,7 @@ def on_each(work: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return work()
     result, error = _attempt(work)
-    _raise_first(error, gather({"problem": error and str(error)}))
+    _raise_first(error, gather(_answer(error)))
     return result  # pyright: ignore[reportReturnType]
 
 
@@ -169,7 +172,7 @@ def send_bytes(make: Callable[[], bytes | None]) -> bytes | None:
     if jax.process_count() == 1:
         return make()
     data, error = _attempt(make if is_main() else lambda: None)
-    answers = gather({"problem": error and str(error), "there": data is not None})
+    answers = gather(_answer(error) | {"there": data is not None})
     _raise_first(error, answers)
     return gather_bytes(data or b"")[0] if answers[0]["there"] else None
 
@@ -187,17 +190,29 @@ def send(make: Callable[[], T | None], pack: Callable[[T], bytes], unpack: Calla
     return None if data is None else unpack(data)
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, DriftError | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, DriftError | Stopped | None]:
     try:
-        return work(), None
-    except DriftError as error:
+        with stopping.local():
+            return work(), None
+    except (DriftError, Stopped) as error:
         return None, error
 
 
-def _raise_first(own: DriftError | None, answers: list[dict[str, Any]]) -> None:
-    """The process that has an error raises it; the others one that says whose it is, also if they have the same."""
-    if own is not None and (is_main() or str(own) != answers[0]["problem"]):
+def _answer(error: DriftError | Stopped | None) -> dict[str, Any]:
+    """What the other processes are told of one's own attempt."""
+    problem = str(error) if isinstance(error, DriftError) else None
+    return {"problem": problem, "stopped": isinstance(error, Stopped) or stopping.shared()}
+
+
+def _raise_first(own: DriftError | Stopped | None, answers: list[dict[str, Any]]) -> None:
+    """The process that has an error raises it; the others one that says whose it is, also if they have the same.
+
+    Where any process is to stop, all do.
+    """
+    if isinstance(own, DriftError) and (is_main() or str(own) != answers[0]["problem"]):
         raise own
     for index, answer in enumerate(answers):
         if answer["problem"] is not None:
             raise PeerError(answer["problem"], index)
+    if any(answer["stopped"] for answer in answers):
+        raise Stopped

@@ -14,6 +14,7 @@ from typing import Any, final
 
 from drift_jax.errors import DataError, StageError
 from drift_jax.files import sync_directory
+from drift_jax.stopping import held
 
 
 def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
@@ -72,17 +73,18 @@ class Journal:
         # One write without a buffer: what a kill tears is the end of the file, and closing has nothing left to write.
         data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:]) or 0
-            os.fsync(self._file.fileno())
+            with held():  # a request to stop waits for the end of the line
+                written = 0
+                while written < len(data):
+                    written += self._file.write(data[written:]) or 0
+                os.fsync(self._file.fileno())
+                self._size += len(data)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
             raise StageError(
                 f"cannot write {self.path}: {error}. Free space and run again; it goes on from here."
             ) from None
-        self._size += len(data)
 
     def close(self) -> None:
         self._file.close()

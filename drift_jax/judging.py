@@ -10,22 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
+from drift_jax import stopping
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Retry
 from drift_jax.errors import EndpointError, StageError
 from drift_jax.journal import Journal
-from drift_jax.judge import Judge, MalformedError, Tokens
+from drift_jax.judge import Judge, MalformedError, Tokens, Verdict
 from drift_jax.progress import stage_progress
+from drift_jax.stopping import Stopped
 
 T = TypeVar("T")
+K = TypeVar("K")
 
+_LAST_ANSWERS_S = 8  # for answers that are on their way when the run is to stop
 _GIVE_UP = 16  # failures of the server in a row, from the first question on, that say enough
 
 
@@ -134,8 +138,9 @@ def _ask_missing(
     enough = _GIVE_UP if known else min(_GIVE_UP, len(missing))
     with stage_progress(what, len(missing), "questions", console=console) as bar:
         pool = ThreadPoolExecutor(judge.config.concurrency)
+        futures: dict[Future[Verdict[Any]], str] = {}
         try:
-            futures = {pool.submit(judge.verdict, q.text, q.schema, q.read): key for key, q in missing.items()}
+            futures |= {pool.submit(judge.verdict, q.text, q.schema, q.read): key for key, q in missing.items()}
             for future in as_completed(futures):
                 key = futures[future]
                 try:
@@ -152,17 +157,17 @@ def _ask_missing(
                         raise _no_server(judge.config, unanswered, error) from None
                 else:
                     answered = True
-                    row = _row(key, missing[key], judge.config) | {
-                        "answer": verdict.answer,
-                        "malformed": verdict.malformed,
-                        "prompt_tokens": verdict.tokens.prompt,
-                        "completion_tokens": verdict.tokens.completion,
-                    }
+                    row = _answered(key, missing[key], judge.config, verdict)
                     known[key] = row
                     journal.append([row])
                 bar.advance(1, f"{len(failures)} failed" if failures else None)
+        except Stopped:
+            late = late_answers(pool, futures)
+            rows = [_answered(key, missing[key], judge.config, v) for key, v in late.items() if key not in known]
+            journal.append(rows)
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
     if failures:
         console.print(
             f"{what}: {len(failures)} of {len(missing)} questions have no usable answer and are left out; the same "
@@ -173,6 +178,13 @@ def _ask_missing(
     return failures, lost
 
 
+def late_answers(pool: ThreadPoolExecutor, futures: Mapping[Future[T], K]) -> dict[K, T]:
+    """What is answered while the run is to stop: it is paid for, but it is not waited for as long as it may take."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    done, _ = wait(futures, timeout=_LAST_ANSWERS_S)
+    return {futures[f]: f.result() for f in done if not f.cancelled() and f.exception() is None}
+
+
 def _row(key: str, question: Question[Any], config: JudgeConfig) -> dict[str, Any]:
     return {
         "key": key,
@@ -181,6 +193,15 @@ def _row(key: str, question: Question[Any], config: JudgeConfig) -> dict[str, An
         "model": config.model,
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
+    }
+
+
+def _answered(key: str, question: Question[Any], config: JudgeConfig, verdict: Verdict[Any]) -> dict[str, Any]:
+    return _row(key, question, config) | {
+        "answer": verdict.answer,
+        "malformed": verdict.malformed,
+        "prompt_tokens": verdict.tokens.prompt,
+        "completion_tokens": verdict.tokens.completion,
     }
 
 

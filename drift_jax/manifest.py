@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from typing import Any, final
 
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
-from drift_jax.files import remove_leftovers, write_json
+from drift_jax.files import write_json
 from drift_jax.methods import DEFAULT
 
 MANIFEST_FILE = "manifest.json"
@@ -101,6 +100,11 @@ class Manifest:
         self._data["stages"][stage] |= {"finished": _now(), "summary": dict(summary)}
         self._write()
 
+    def reopen(self, stage: str) -> None:
+        """Of a stage whose result was lost: it is to be done again, from what is left of it."""
+        self._data["stages"][stage] |= {"finished": None, "summary": {}}
+        self._write()
+
     def is_finished(self, stage: str) -> bool:
         """Whether a stage was finished, whatever it was made from."""
         return self._data["stages"].get(stage, {}).get("finished") is not None
@@ -165,39 +169,3 @@ def _versions() -> dict[str, str]:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-@final
-class RunLock:
-    """Keeps a second process out of a run directory; the system lets go of it however the first one ends."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / ".lock"
-
-    def acquire(self) -> None:
-        """Raises `StageError` when another process has it, or no directory can be made."""
-        import fcntl
-
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+")
-        except OSError as error:
-            raise StageError(
-                f"cannot write to the directory {self.path.parent}: {error.strerror}. Give another one."
-            ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise StageError(
-                f"{self.path.parent} is in use by process {owner}. Wait for it, or give another directory."
-            ) from None
-        remove_leftovers(self.path.parent)
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()

@@ -11,7 +11,7 @@ from drift_jax.config import RunConfig, config_to_yaml
 
 Kind = Literal["training", "sampling"]
 
-NEXT_PART = 75  # the exit code of a process whose next stage is another one's
+NEXT_PART = 10  # the exit code of a process whose next stage is another one's
 
 
 class PartEnd(Exception):

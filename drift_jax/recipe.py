@@ -28,6 +28,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
+from drift_jax.checkpoint import find_damage
 from drift_jax.config import RunConfig, config_to_yaml
 from drift_jax.distributed import on_each, on_main
 from drift_jax.files import check_checkpoint_place
@@ -172,7 +173,13 @@ class Recipe:
 
     def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
         keys, inputs = on_main(lambda: train_identity(self.config, self.manifest, job))
-        self._stage(f"{name}/train", keys | more_keys, inputs, lambda: train_stage(self.config, job, self.console))
+        train = partial(
+            self._stage, f"{name}/train", keys | more_keys, inputs, lambda: train_stage(self.config, job, self.console)
+        )
+        train()
+        if not self._is_kept(name, job):
+            self.rows.pop()
+            train()
         hf, checkpoints = job.out_dir / "hf", job.out_dir / "checkpoints"
         keys, inputs = on_main(lambda: export_identity(self.config, self.manifest, job))
         self._stage(
@@ -182,6 +189,25 @@ class Recipe:
             lambda: export_stage(self.config, checkpoints, job.model_dir, hf, self.console),
         )
         return hf
+
+    def _is_kept(self, name: str, job: TrainJob) -> bool:
+        """Whether what a training stage has left is there for the export; if not, the stage is open again."""
+        if self.part is not None and self.part.kind != "training":
+            return True
+
+        def look() -> bool:
+            last = self.manifest.summary(f"{name}/train")["steps"]
+            problem = None
+            if not self.manifest.is_finished(f"{name}/export"):
+                problem = find_damage(job.out_dir / "checkpoints" / str(last))
+            if problem is not None:
+                self.manifest.reopen(f"{name}/train")
+                self.console.print(
+                    f"{name}/train is to be done again from what is left: {problem}", style="yellow", soft_wrap=True
+                )
+            return problem is None
+
+        return on_main(look)
 
     def _stage(
         self,

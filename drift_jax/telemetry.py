@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from drift_jax.errors import ConfigError, DataError, StageError
+from drift_jax.files import atomic_writer
 
 METRICS_FILE = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -92,6 +93,15 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(int(step), numbers)
 
+    def sync(self) -> None:
+        """Returns when the disk has all lines. Raises `StageError` when it cannot take them."""
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StageError(f"cannot write metrics to {self.path}: {error}. Make room and run again.") from None
+
     def close(self) -> None:
         """Closes the file and the trackers; a second call does nothing."""
         if self._file is None:
@@ -144,16 +154,15 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _keep_lines_up_to(path: Path, step: int | None) -> None:
-    """Removes the lines after `step` (None: all of them). Written to a temporary name, then renamed."""
+    """Removes the lines after `step` (None: all of them)."""
     if not path.exists():
         return
     kept = ""
     if step is not None:
         lines, _ = _complete_lines(path)
         kept = "".join(line + "\n" for n, line in lines if _parse_line(path, n, line)["step"] <= step)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(kept, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_writer(path) as file:
+        file.write(kept)
 
 
 def _to_number(name: str, value: Any) -> int | float:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from drift_jax.compiled import recall
 from drift_jax.config import TrainConfig
@@ -194,6 +194,13 @@ class PairScores(NamedTuple):
     tokens: Float[Any, "*N"]
 
 
+class KnownScores(NamedTuple):
+    """Of a pass that was begun before: what it has found, and who takes what is found now."""
+
+    pairs: Bool[np.ndarray, " N"]  # which ones are known; a batch of these alone is passed over
+    keep: Callable[[Int[np.ndarray, "R"], PairScores], None]  # positions in the loader's pairs, and their scores
+
+
 def score_step(setup: StepSetup, params: dict[str, Any], batch: PairBatch) -> PairScores:
     """Scores the N pairs of a batch under `params`: the reference pass and evaluation."""
     pairs = len(batch.real)
@@ -330,23 +337,31 @@ class Trainer:
         loader: PairLoader,
         on_batch: Callable[[int], None] | None = None,
         as_trained: bool = False,
+        known: KnownScores | None = None,
     ) -> PairScores:
         """Scores of all pairs of a loader in the order of its pairs, on the host in float64.
 
         Args:
           as_trained: in the batches of the first epoch instead of by length (see `PairLoader.first_epoch`).
+          known: batches that were scored before are passed over, and their scores are NaN.
         """
         count = len(loader.pairs)
-        scores = PairScores(np.empty((count, 2)), np.empty((count, 2)), np.empty(count), np.empty(count))
+        scores = PairScores(*(np.full(shape, np.nan) for shape in ((count, 2), (count, 2), count, count)))
 
         def collect(rows: Int[np.ndarray, "R"], parts: PairScores) -> None:
             for column, part in zip(scores, jax.device_get(parts), strict=True):
                 column[rows] = part[: len(rows)]
+            if known is not None:
+                known.keep(rows, PairScores(*(column[rows] for column in scores)))
             if on_batch is not None:
                 on_batch(len(rows))
 
         waiting: list[tuple[Int[np.ndarray, "R"], PairScores]] = []
         for rows, batch in loader.first_epoch() if as_trained else loader.by_length():
+            if known is not None and known.pairs[rows].all():
+                if on_batch is not None:
+                    on_batch(len(rows))
+                continue
             with use_layout(self.layout):
                 waiting.append((rows, self.jitted_score(params, put_batch(batch, self.layout))))
             # One batch behind, so that the device always has the next one.

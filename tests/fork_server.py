@@ -5,7 +5,7 @@
 In: {"words": [...], "log": PATH, "die": [NAME, "before" | "after"] or null}. Out: {"pid": N}, and when that process has
 ended {"code": N}, negative for a signal. JAX must not have started its devices before the fork, and has not.
 
-`die` has the process kill itself with SIGKILL at the rename to, or the removal of, a file called NAME.
+`die` has the process kill itself with SIGKILL at the rename to, or the removal of, a file or directory called NAME.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 import drift_jax.cli
 import drift_jax.manifest
+import drift_jax.stages.dpo
+import drift_jax.stages.export
 import drift_jax.stages.identity
 import drift_jax.stages.pair
 import drift_jax.stages.sample
@@ -43,6 +45,7 @@ def _become(order: dict[str, Any]) -> NoReturn:
     if order["die"]:
         name, when = order["die"]
         os.replace = _dying(os.replace, name, when, place=1)
+        os.rename = _dying(os.rename, name, when, place=1)
         os.unlink = _dying(os.unlink, name, when, place=0)
     try:
         drift_jax.cli.main()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.checkpoint import Checkpointer
+from drift_jax import checkpoint as checkpoint_module
+from drift_jax.checkpoint import Checkpointer, SaveClock
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairLoader
 from drift_jax.data.packing import Split
@@ -137,3 +139,60 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(full_disk: Path) -> N
         checkpointer.save(2, {"params": {"w": jnp.asarray(rng.normal(size=10**5))}}, {})
         checkpointer.wait()
     assert Checkpointer(full_disk / "c", keep=2).latest_step() == 1
+
+
+@pytest.fixture()
+def three(tmp_path: Path) -> Path:
+    """Three checkpoints, of steps 1 to 3."""
+    with Checkpointer(tmp_path / "c", keep=3) as checkpointer:
+        for step in range(1, 4):
+            weights = np.random.default_rng(step).normal(size=1000)
+            checkpointer.save(step, {"params": {"w": jnp.asarray(weights)}}, {})
+    return tmp_path / "c"
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(three: Path) -> None:
+    (largest,) = sorted((p for p in (three / "3").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)[-1:]
+    data = bytearray(largest.read_bytes())
+    data[-100] ^= 1
+    largest.write_bytes(data)
+    next((three / "2").rglob("_METADATA")).unlink()
+    said: list[str] = []
+    assert Checkpointer(three, keep=3).newest_whole(said.append) == 1  # a reader leaves all as it is
+    with Checkpointer(three, keep=3, alone=True) as checkpointer:
+        assert checkpointer.newest_whole(said.append) == 1
+        assert [line.split(" (")[0] for line in said] == [
+            f"the checkpoint of update {n} is damaged" for n in (3, 2)
+        ] * 2
+        assert f"{largest.relative_to(three / '3')} has other bytes than were written" in said[2]
+        assert "params/_METADATA is missing" in said[3] and "put aside as 2.damaged" in said[3]
+        checkpointer.save(2, {"params": {"w": jnp.ones(1000)}}, {})
+    assert sorted(p.name for p in three.iterdir()) == ["1", "2", "2.damaged", "3.damaged"]
+    assert Checkpointer(three, keep=3).newest_whole(said.append) == 2
+
+
+def test_one_without_checksums_is_believed_and_one_without_a_name_is_not_read(three: Path) -> None:
+    """The first is of before there were checksums; the second of a process that was killed while it wrote."""
+    (three / "3").rename(three / "3.orbax-checkpoint-tmp")
+    (three / "2" / "checksums.json").unlink()
+    with Checkpointer(three, keep=3, alone=True) as checkpointer:
+        assert checkpointer.newest_whole(print) == 2
+        checkpointer.save(3, {"params": {"w": jnp.ones(1000)}}, {})
+    assert sorted(p.name for p in three.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_checkpoint_is_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates of 2 seconds, later of 4: process 0 is seldom asked, and late by an update where they are alike."""
+    now, asked = [0.0], []
+    clock_of_process_0 = SimpleNamespace(monotonic=lambda: asked.append(now[0]) or now[0])
+    monkeypatch.setattr(checkpoint_module, "time", clock_of_process_0)
+    clock, due, last = SaveClock(1.0, 0), [], 0.0
+    for step in range(1, 100):
+        now[0] += 2 if step < 50 else 4
+        if clock.is_due(step):
+            due.append(now[0] - last)
+            last = now[0]
+            clock.saved(step)
+    assert [60 <= passed < 65 for passed in due] == [True, False, True, True] and max(due) < 90, due
+    assert len(asked) < 40, asked
+    assert not SaveClock(None, 0).is_due(10**6)

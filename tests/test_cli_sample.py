@@ -11,7 +11,7 @@ import pytest
 
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.journal import read_rows
-from drift_jax.manifest import RunLock
+from drift_jax.run_lock import RunLock
 from tests.cli_runs import Drift, base, change_config, drift, model_dir  # noqa: F401
 
 

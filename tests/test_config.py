@@ -58,7 +58,7 @@ train.adam_beta1 train.adam_beta2 train.adam_epsilon
 train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype
 train.eval_every train.seed
 mesh.data mesh.fsdp mesh.tensor mesh.sequence mesh.strategy mesh.rules
-checkpoint.every_steps checkpoint.keep
+checkpoint.every_steps checkpoint.every_minutes checkpoint.keep
 export.dtype export.max_shard_gib
 tracking.log_every tracking.trackers tracking.project
 theory.every theory.pairs theory.tau

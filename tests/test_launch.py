@@ -166,7 +166,7 @@ def test_xpk_creates_one_workload() -> None:
     given = {name: option(words, name) for name in ("--cluster", "--tpu-type", "--docker-image", "--storage")}
     assert list(given.values()) == ["c", "v5litepod-16", "gcr.io/p/drift:1", "shared"]
     assert option(words, "--num-slices") == "2" and option(words, "--workload") == "mine"
-    assert option(words, "--max-restarts") == "3" and option(words, "--restart-on-exit-codes") == "1"
+    assert option(words, "--max-restarts") == "3" and option(words, "--restart-on-exit-codes") == "1,75"
     assert shlex.split(option(words, "--command")) == ["drift", "run", CONFIG, *ODD]
 
 

@@ -1,4 +1,4 @@
-"""The `drift` command: parse, call, print. Exit code 2 and one message for what the user can mend."""
+"""The `drift` command: parse, call, print. Exit code 2 and one message for what the user can mend, 75 when stopped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich.markup import escape
 from drift_jax.cli import data, mine, parts, plan, report, sharding, stages, tools
 from drift_jax.cli.evaluate import evaluate_app
 from drift_jax.cli.options import build_console
-from drift_jax.cli.processes import across_processes, end_together, is_mine_to_tell, tell_lost_peer
+from drift_jax.cli.processes import across_processes, end_stopped, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
+from drift_jax.stopping import Stopped
 
 app = typer.Typer(
     name="drift",
@@ -45,6 +46,8 @@ def main() -> None:
                 f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
             )
         end_together(2)
+    except Stopped:
+        end_stopped()
     except Exception as error:
         tell_lost_peer(error)
         end_together(1)

@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import DriftError
 from drift_jax.parts import NEXT_PART, Part
+from drift_jax.stopping import STOPPED
 
 
 def samples_with_vllm(config: Path | None, overrides: list[str] | None) -> bool:
@@ -49,7 +51,7 @@ def prepare_sample(given: dict[str, Any]) -> bool:
 def run_in_parts(given: dict[str, Any]) -> bool:
     """For `drift run`, before the processes of a run join. True when the whole run was done here, in parts.
 
-    Raises `SystemExit` with the exit code of the part that did not end well, which has said why.
+    Raises `SystemExit` with the exit code of the part that did not end well, which has said why, or was stopped.
     """
     from drift_jax.sampling.supervise import die_with_parent
 
@@ -62,20 +64,49 @@ def run_in_parts(given: dict[str, Any]) -> bool:
         return False
     if not samples_with_vllm(given["config"], given["overrides"]):
         return False
-    with tempfile.TemporaryDirectory(prefix="drift-parts-") as folder:
+    with tempfile.TemporaryDirectory(prefix="drift-parts-") as folder, _handing_on() as relay:
         part = Part("training", Path(folder))
         part.begin()
         code = NEXT_PART
         while code == NEXT_PART:
-            code = _run_part(part, sys.argv[1:], given)
+            code = _run_part(part, sys.argv[1:], given, relay)
             part = part.other()
     if code:
         raise SystemExit(code)
     return True
 
 
-def _run_part(part: Part, words: list[str], given: dict[str, Any]) -> int:
+class _Relay:
+    """Signals that this process got, and the part that they are handed on to."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, number: int, _: object) -> None:
+        self.got.append(number)
+        if self.child is not None:
+            self.child.send_signal(number)
+
+
+@contextlib.contextmanager
+def _handing_on() -> Iterator[_Relay]:
+    """Signals to end go to the part that runs, which saves what is done; this process waits for it."""
+    relay, numbers = _Relay(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # `nohup` ignores SIGHUP, and so do we then.
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, relay) for number in heeded}
+    try:
+        yield relay
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_part(part: Part, words: list[str], given: dict[str, Any], relay: _Relay) -> int:
     """The exit code of one part; above 128 that of a signal."""
+    if relay.got:  # between two parts
+        return STOPPED
     if part.kind == "sampling":
         # As the part before has resolved it: a handbook file's batch is known by the devices, which are not seen here.
         names = ("distributed", "coordinator", "num_processes", "process_id")
@@ -84,21 +115,10 @@ def _run_part(part: Part, words: list[str], given: dict[str, Any]) -> int:
     words = [*words, "--part", part.kind, "--part-folder", str(part.folder)]
     # A process group of its own: a signal of the terminal comes to us alone, and is handed on once.
     child = subprocess.Popen([sys.executable, "-m", "drift_jax", *words], process_group=0)
-    handed_on: list[int] = []
-
-    def hand_on(number: int, _: object) -> None:
-        handed_on.append(number)
+    relay.child = child
+    for number in relay.got:  # while it was being started
         child.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # `nohup` ignores SIGHUP, and so do we then.
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, hand_on) for number in heeded}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if handed_on:
-        return 128 + handed_on[0]
+    code = child.wait()
+    if len(relay.got) == 1 and code in (NEXT_PART, -relay.got[0], 128 + relay.got[0]):
+        return STOPPED  # it had just ended, or had not begun to listen
     return code if code >= 0 else 128 - code

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NoReturn, Optional
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, Optional
 import typer
 
 from drift_jax.errors import DriftError, PeerError
+from drift_jax.stopping import STOPPED, asked, heed_signals, join_processes, leave_together
 
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "distributed": (
@@ -49,18 +51,21 @@ def across_processes(
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        from drift_jax.distributed import Processes, start_processes
-
         if first(given):
             return
-        processes = Processes(*(given.pop(name) for name in _OPTIONS))
-        if given.get("devices") is None:  # devices that are not here have no processes
-            start_processes(processes)
-        try:
-            command(**given)
-        except KeyboardInterrupt:
-            leave_peers(130)
-            raise
+        with heed_signals():
+            from drift_jax.distributed import Processes, start_processes
+
+            processes = Processes(*(given.pop(name) for name in _OPTIONS))
+            if given.get("devices") is None:  # devices that are not here have no processes
+                start_processes(processes)
+                join_processes()
+            try:
+                command(**given)
+            except KeyboardInterrupt:
+                leave_peers(130)
+                leave_threads(130)
+                raise
 
     whole = own.replace(parameters=[*own.parameters.values(), *more])
     # Typer looks at both; of the command's annotations it could not read the names that are known in its file only.
@@ -90,12 +95,30 @@ def tell_lost_peer(error: Exception) -> None:
     traceback.print_exception(error)
     if not is_lost_peer(error):
         return
+    if asked():  # the others have stopped before this one could
+        leave_peers(STOPPED)
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} has lost another one of this run, whose own "
         "output says why. Run the same command again on every host: it goes on from what was finished.\n"
         f"  ({type(error).__name__}: {str(error).splitlines()[0][:300]})",
         file=sys.stderr,
     )
+
+
+def end_stopped() -> NoReturn:
+    """Leaves with the exit code of a process that was asked to stop."""
+    leave_together()
+    leave_peers(STOPPED)
+    leave_threads(STOPPED)
+    raise SystemExit(STOPPED)
+
+
+def leave_threads(code: int) -> None:
+    """Ends at once where threads are left that an ordinary end would wait for: requests to a judge, a save."""
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def end_together(code: int) -> NoReturn:

@@ -125,6 +125,7 @@ def train(
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
+    from drift_jax.stages.inputs import run_lock
 
     changes, console = changes_of(overrides, on_bad_row), build_console()
     if is_handbook_file(config):
@@ -140,7 +141,7 @@ def train(
         raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
     else:
         resolved = load_config(config, changes)
-    model_dir, manifest = on_each(lambda: resolve(model, resolved)), Manifest(out)
+    model_dir = on_each(lambda: resolve(model, resolved))
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if on_main(test_pairs.exists) else None
@@ -148,11 +149,13 @@ def train(
         check = partial(read_pairs, path, resolved.data.on_bad_row)
         on_main(lambda check=check: check() and None)  # bad rows are refused before anything is written
     job = TrainJob(model_dir, reference_dir, train_pairs, test, out, resolved.train.epochs)
-    if not on_main(lambda: manifest.enter("train", *export_identity(resolved, manifest, job))):
-        summary = train_stage(resolved, job, console)
-        summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
-        on_main(lambda: manifest.finish("train", summary))
-    console.print_json(data=on_main(lambda: manifest.summary("train")))
+    with run_lock(out):
+        manifest = on_each(lambda: Manifest(out))
+        if not on_main(lambda: manifest.enter("train", *export_identity(resolved, manifest, job))):
+            summary = train_stage(resolved, job, console)
+            summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
+            on_main(lambda: manifest.finish("train", summary))
+        console.print_json(data=on_main(lambda: manifest.summary("train")))
 
 
 def export(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,15 @@ from typing import Any
 
 from rich.console import Console
 
+from drift_jax import stopping
 from drift_jax.config import RunConfig
 from drift_jax.errors import EndpointError, StageError
 from drift_jax.journal import Journal
 from drift_jax.judge import Judge, JudgePrompt, load_prompt
+from drift_jax.judging import late_answers
 from drift_jax.methods import Record, logged_reply
 from drift_jax.progress import stage_progress
+from drift_jax.stopping import Stopped
 
 VERDICTS_FILE = "verdicts.jsonl"
 _PROMPT = "choose_v1"
@@ -92,8 +95,9 @@ def _by_judge(candidates: Sequence[Candidates], config: RunConfig, out_dir: Path
         succeeded, failures = len(missing) < len(asked), dict[int, str]()
         with stage_progress("judging", len(missing), "records", console=console) as bar:
             pool = ThreadPoolExecutor(config.judge.concurrency)
+            futures: dict[Future[dict[str, Any]], int] = {}
             try:
-                futures = {pool.submit(partial(_ask, judge, question)): i for i, question in missing.items()}
+                futures |= {pool.submit(partial(_ask, judge, question)): i for i, question in missing.items()}
                 for future in as_completed(futures):
                     i = futures[future]
                     try:
@@ -111,8 +115,12 @@ def _by_judge(candidates: Sequence[Candidates], config: RunConfig, out_dir: Path
                         known[missing[i].key] = verdict
                         journal.append([verdict])
                     bar.advance(1, f"{len(failures)} failed" if failures else None)
+            except Stopped:
+                late = late_answers(pool, futures)
+                journal.append([verdict for i, verdict in late.items() if missing[i].key not in known])
+                raise
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
     for i, question in asked.items():
         choices[i] = (
             Choice(0, {"failed": failures[i]}) if i in failures else _choice(known[question.key], candidates[i])

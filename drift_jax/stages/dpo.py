@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from drift_jax.checkpoint import Checkpointer
+from drift_jax import stopping
+from drift_jax.checkpoint import Checkpointer, SaveClock
 from drift_jax.config import RunConfig
 from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
@@ -19,7 +21,7 @@ from drift_jax.data.rules import build_rules
 from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import PairLogps, preference_numbers
-from drift_jax.files import check_checkpoint_place, write_json, write_jsonl
+from drift_jax.files import check_checkpoint_place, remove_leftovers, write_json, write_jsonl
 from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.attention import resolve_attention
@@ -29,12 +31,13 @@ from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
 from drift_jax.progress import StageProgress, stage_progress
 from drift_jax.sharding import Layout, build_layout, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
-from drift_jax.stages.reference import RefLogps, share_ref_logps, write_ref_logps
+from drift_jax.stages.reference import RefJournal, RefLogps, share_ref_logps
 from drift_jax.stages.scoring import pair_logps, score_pairs
 from drift_jax.stages.theory import Probe
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
+from drift_jax.stopping import Stopped
 from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
-from drift_jax.train import Metrics, PairScores, Trainer, TrainState, evaluate_scores, host_metrics
+from drift_jax.train import Metrics, Trainer, TrainState, evaluate_scores, host_metrics
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     run = _Stage(config, job, trainer, train, test, steps, console)
     for message in warnings:
         run.warn(message)
-    with Checkpointer(job.out_dir / "checkpoints", config.checkpoint.keep) as checkpointer:
+    on_main(lambda: remove_leftovers(job.out_dir))
+    with Checkpointer(job.out_dir / "checkpoints", config.checkpoint.keep, alone=True) as checkpointer:
         state = run.start(checkpointer)
         with StageTimer() as timer:
             state = run.fit(state, checkpointer, timer)
@@ -137,15 +141,17 @@ class _Stage:
         ref, params = share_ref_logps(path, every), None
         if ref is None:
             params = self._open(job.reference_dir)
-            ref = self._reference(params)
-            found = ref
-            on_main(lambda: write_ref_logps(path, every, found))
-            if self.probe is not None:
+            # First: whoever finds the file does not open the reference again.
+            if self.probe is not None and not self.probe.has_reference:
                 self.probe.refer(params)
+            ref = self._reference(params)
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
         self.ref = ref
-        step = on_main(checkpointer.latest_step)
+        had_any = on_main(checkpointer.latest_step) is not None
+        step = checkpointer.newest_whole(self.warn)
+        if step is None and had_any:
+            self.warn(f"no checkpoint of {job.out_dir} is left: this stage starts again from its first update")
         if step is not None:
             self.console.print(f"going on from the checkpoint of update {step}")
             abstract = self.trainer.abstract_state
@@ -168,27 +174,40 @@ class _Stage:
                 self.job.out_dir, trackers=tracking.trackers, project=tracking.project, resume_step=first or None
             ) as writer,
             stage_progress("DPO", self.steps - first, "updates", console=self.console) as bar,
+            contextlib.ExitStack() as stack,
         ):
             earlier = on_main(lambda: read_metrics(self.job.out_dir)) if first else ()
             watch = RewardWatch(config.train, self.steps, earlier)
             self.warnings += watch.earlier
             report = _Report(self, writer, watch, bar, timer, loader.steps_per_epoch)
+            clock = SaveClock(config.checkpoint.every_minutes, first)
             late: _Update | None = None
             for state, step, metrics, tokens in self.trainer.fit(state, loader, self.steps):  # noqa: B020
+                if step == first + 1:  # until here nothing is lost
+                    stack.enter_context(stopping.held())
                 # The metrics of the update before are read now that this one is on its way.
                 if late is not None:
                     report(late)
                 late, last = _Update(step, metrics, tokens), step == self.steps
+                stop = stopping.reached() and not last
                 if not last and is_due(config.train.eval_every, step, loader.steps_per_epoch):
                     late = late._replace(evaluation=self.evaluate(state))
                 if self.probe is not None and (last or is_due(config.theory.every, step, loader.steps_per_epoch)):
                     late = late._replace(evaluation=late.evaluation | self.probe.measure(state.params, last))
-                if step == 1 or last or late.evaluation:
+                due = is_due(config.checkpoint.every_steps, step, loader.steps_per_epoch) or clock.is_due(step)
+                saves = last or stop or due
+                if step == 1 or saves or late.evaluation:
                     report(late)
                     late = None
-                if last or is_due(config.checkpoint.every_steps, step, loader.steps_per_epoch):
+                if saves:
+                    writer.sync()  # a checkpoint's rows are on disk before it is
                     items = {"params": state.params, "optimizer": state.opt_state}
                     checkpointer.save(step, items, meta | {"step": step, "next_batch": step})
+                    clock.saved(step)
+                if stop:
+                    checkpointer.wait()
+                    self.console.print(f"stopped after update {step} of {self.steps}, which is saved")
+                    raise Stopped
             checkpointer.wait()
         return state
 
@@ -200,7 +219,8 @@ class _Stage:
         """`eval_*` metrics of the held-out pairs, and what they were computed from; nothing without such pairs."""
         if not self.test:
             return {}, None
-        scores, ref = self._score(state.params, self.test, "held-out pairs"), self.ref.logps[len(self.train) :]
+        scores = score_pairs(self.config, self.trainer, state.params, self.test, "held-out pairs", self.console)
+        ref = self.ref.logps[len(self.train) :]
         return evaluate_scores(scores, ref, self.config.train), pair_logps(self.test, scores.logps, ref)
 
     def write_evaluation(self, final: dict[str, float], held_out: PairLogps | None) -> None:
@@ -227,16 +247,17 @@ class _Stage:
 
     def _reference(self, params: Any) -> RefLogps:
         """Of the pairs to train on, in the batches of the first epoch, then of the held-out ones."""
+        every, count = self.train + self.test, len(self.train)
         loader = build_loader(self.config, self.trainer.layout, self.train)
-        with stage_progress("reference log-probs", len(self.train), "pairs", console=self.console) as bar:
-            train = self.trainer.score_pairs(params, loader, bar.advance, as_trained=True)
-        if not self.test:
-            return RefLogps(train.logps, train.last_logps)
-        test = self._score(params, self.test, "reference log-probs of held-out pairs")
-        return RefLogps(np.concatenate([train.logps, test.logps]), np.concatenate([train.last_logps, test.last_logps]))
-
-    def _score(self, params: Any, pairs: list[TokenizedPair], what: str) -> PairScores:
-        return score_pairs(self.config, self.trainer, params, pairs, what, self.console)
+        with RefJournal(self.job.out_dir, every) as journal:
+            with stage_progress("reference log-probs", count, "pairs", console=self.console) as bar:
+                self.trainer.score_pairs(params, loader, bar.advance, True, journal.part(0, count))
+            if self.test:
+                what = "reference log-probs of held-out pairs"
+                score_pairs(
+                    self.config, self.trainer, params, self.test, what, self.console, journal.part(count, len(every))
+                )
+            return journal.finish()
 
     def _open(self, model_dir: Path) -> Any:
         """The parameters of a model directory, in the dtype of the master weights."""

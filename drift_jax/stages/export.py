@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,7 @@ def export_stage(config: RunConfig, checkpoints: Path, source_dir: Path, out_dir
     _, declared = declare_qwen(load_qwen_config(source_dir))
     on_each(lambda: _check_directory(checkpoints))
     with Checkpointer(checkpoints, config.checkpoint.keep) as checkpointer:
-        step = on_main(checkpointer.latest_step)
+        step = checkpointer.newest_whole(partial(console.print, style="yellow", highlight=False, soft_wrap=True))
         if step is None:
             raise StageError(f"{checkpoints} holds no whole checkpoint. Run the training stage first.")
         params = checkpointer.restore(step, {"params": abstract_params(declared, layout)})["params"]

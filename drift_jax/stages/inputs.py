@@ -14,12 +14,12 @@ from drift_jax.config import RunConfig
 from drift_jax.data.tokenizer import ChatTokenizer, check_vocab, load_tokenizer
 from drift_jax.distributed import is_main, on_main
 from drift_jax.errors import ConfigError, DataError
-from drift_jax.manifest import RunLock
 from drift_jax.methods import Record
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.progress import stage_progress
 from drift_jax.records import Rows, read_dsat, read_sat
+from drift_jax.run_lock import RunLock
 from drift_jax.sharding import Layout
 from drift_jax.stages.draws import method_of
 

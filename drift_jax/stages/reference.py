@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, final
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from drift_jax import stopping
 from drift_jax.data.pairs import TokenizedPair
-from drift_jax.distributed import send
-from drift_jax.errors import StageError
+from drift_jax.distributed import on_main, send, send_bytes
+from drift_jax.files import atomic_writer
+from drift_jax.journal import Journal
+from drift_jax.stopping import Stopped
+from drift_jax.train import KnownScores, PairScores
+
+_WRITE_S = 1.0  # between two writes of the journal: each waits for the disk
 
 
 class RefLogps(NamedTuple):
@@ -23,14 +31,80 @@ class RefLogps(NamedTuple):
 
 
 def write_ref_logps(path: Path, pairs: list[TokenizedPair], ref: RefLogps) -> None:
-    temporary = path.with_name(".ref_logps.tmp.npz")
-    try:
-        ids, tokens = np.array([p.id for p in pairs]), _token_hashes(pairs)
-        np.savez(temporary, ids=ids, tokens=tokens, ref_logps=ref.logps, ref_last_logps=ref.last_logps)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StageError(f"cannot write {path}: {error}. Free space and run again.") from None
-    temporary.rename(path)
+    """Raises `StageError` when the disk cannot take it."""
+    ids, tokens = np.array([p.id for p in pairs]), _token_hashes(pairs)
+    with atomic_writer(path, "wb") as file:
+        np.savez(file, ids=ids, tokens=tokens, ref_logps=ref.logps, ref_last_logps=ref.last_logps)
+
+
+@final
+class RefJournal:
+    """Log-probs of a reference pass as they come, in `ref_logps.partial.jsonl`, so that a pass that was ended goes on.
+
+    A row of it says which tokens it is of. Of several processes all make one, and process 0 writes.
+    """
+
+    def __init__(self, out_dir: Path, pairs: list[TokenizedPair]) -> None:
+        self._pairs, self._path = pairs, out_dir / "ref_logps.npz"
+        self._found = np.full((len(pairs), 2, 2), np.nan)  # (log-probs, those of the last tokens) of both sides
+        self._hashes = [tokens[:16] for tokens in _token_hashes(pairs).tolist()]
+        self._journal: Journal | None = None
+        self._waiting: list[dict[str, Any]] = []
+        self._written = time.monotonic()
+
+    def __enter__(self) -> RefJournal:
+        def read() -> bytes:
+            self._journal = Journal(self._path.with_name("ref_logps.partial.jsonl"))
+            for row in self._journal.rows:
+                if row["pair"] < len(self._pairs) and row["tokens"] == self._hashes[row["pair"]]:
+                    self._found[row["pair"]] = row["logps"]
+            return self._found.tobytes()
+
+        data = send_bytes(read)
+        assert data is not None
+        self._found = np.frombuffer(data).reshape(self._found.shape).copy()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._journal is not None:
+            if kind is None or issubclass(kind, Stopped | KeyboardInterrupt):
+                self._write()
+            self._journal.close()
+
+    def part(self, start: int, stop: int) -> KnownScores:
+        """What is known of some of the pairs, and how more of it is kept. Raises `Stopped` in the middle of a pass."""
+
+        def keep(rows: Int[np.ndarray, "R"], scores: PairScores) -> None:
+            new = np.stack([scores.logps, scores.last_logps], axis=1)
+            self._found[start + rows] = new
+            if self._journal is not None:
+                self._waiting += [
+                    {"pair": int(start + row), "tokens": self._hashes[start + row], "logps": logps.tolist()}
+                    for row, logps in zip(rows, new, strict=True)
+                ]
+                if time.monotonic() - self._written > _WRITE_S:
+                    self._write()
+            if stopping.reached():
+                raise Stopped
+
+        return KnownScores(np.isfinite(self._found[start:stop, 0, 0]), keep)
+
+    def finish(self) -> RefLogps:
+        """All of them, on disk as `ref_logps.npz`; the journal can go then."""
+        ref = RefLogps(self._found[:, 0].copy(), self._found[:, 1].copy())
+        on_main(lambda: write_ref_logps(self._path, self._pairs, ref))
+        if self._journal is not None:
+            self._waiting = []
+            self._journal.path.unlink()
+        return ref
+
+    def _write(self) -> None:
+        assert self._journal is not None
+        waiting, self._waiting = self._waiting, []
+        self._journal.append(waiting)
+        self._written = time.monotonic()
 
 
 def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:

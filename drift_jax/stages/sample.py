@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from drift_jax import stopping
 from drift_jax.config import RunConfig
 from drift_jax.data.prompts import build_sampling_prompt
 from drift_jax.data.tokenizer import ChatTokenizer
@@ -29,6 +31,7 @@ from drift_jax.stages.inputs import (
     report_refused,
 )
 from drift_jax.stages.journal import Journals, open_journals
+from drift_jax.stopping import Stopped
 from drift_jax.telemetry import StageTimer
 
 
@@ -71,6 +74,8 @@ def sample_stage(
             rows = [completion_row(c, tokenizer, needs_logps(config), job) for c in completions]
             journals.append(rows)
             timer.count_tokens(sum(len(c.token_ids) for c in completions))
+            if not per_host and stopping.reached():  # with a share of its own a host may stop at any time
+                raise Stopped
             return _example(by_id[rows[-1]["id"]], rows[-1]["text"], style_of(config, rows[-1]["sample"]))
 
         def missing(again: bool) -> list[SampleRequest]:
@@ -81,7 +86,9 @@ def sample_stage(
             for again in (False, True) if config.sampling.on_cut == "resample" else (False,):
                 what = "sampling cut ones again" if again else "sampling"
                 what += f", 1 of {jax.process_count()} hosts" if per_host else ""
-                completions = draw(sampler, missing(again), params, keep, what, console)
+                wanted = missing(again)
+                work = partial(draw, sampler, wanted, params, keep, what, console)
+                completions = on_each(work) if per_host else work()
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
         count = merge(journals, [record.id for record in every], samples_each(config), out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)

@@ -14,15 +14,24 @@ from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.evaluation.preference import PairLogps
 from drift_jax.progress import stage_progress
-from drift_jax.train import PairScores, Trainer
+from drift_jax.train import KnownScores, PairScores, Trainer
 
 
 def score_pairs(
-    config: RunConfig, trainer: Trainer, params: Any, pairs: Sequence[TokenizedPair], what: str, console: Console
+    config: RunConfig,
+    trainer: Trainer,
+    params: Any,
+    pairs: Sequence[TokenizedPair],
+    what: str,
+    console: Console,
+    known: KnownScores | None = None,
 ) -> PairScores:
     """Scores under `params`, longest first, each batch as one micro-batch.
 
     Policy and reference get the same batches: in bfloat16 a log-prob depends on them.
+
+    Args:
+      known: as in `Trainer.score_pairs`.
     """
     t = config.train
     loader = PairLoader(
@@ -36,7 +45,7 @@ def score_pairs(
         attention=trainer.setup.attention.name,
     )
     with stage_progress(what, len(pairs), "pairs", console=console) as bar:
-        return trainer.score_pairs(params, loader, bar.advance)
+        return trainer.score_pairs(params, loader, bar.advance, known=known)
 
 
 def pair_logps(

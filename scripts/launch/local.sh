@@ -53,15 +53,15 @@ stop_all() {
     trap '' INT TERM HUP
     local pid tenths=0
     for pid in $(jobs -pr); do kill -TERM -- "-$pid" 2> /dev/null || true; done
-    while [[ -n $(jobs -pr) && $tenths -lt 30 ]]; do
+    while [[ -n $(jobs -pr) && $tenths -lt 300 ]]; do
         sleep 0.1
         tenths=$((tenths + 1))
     done
     for pid in $(jobs -pr); do kill -KILL -- "-$pid" 2> /dev/null || true; done
     { wait || true; } 2> /dev/null
 }
-trap 'stop_all; exit 130' INT
-trap 'stop_all; exit 143' TERM HUP
+# Asked to stop, `drift` saves and ends with 75: run again. It has half a minute.
+trap 'stop_all; exit 75' INT TERM HUP
 
 # Job control on while they start: each process leads a group of its own, which can be signalled with its children.
 # Off afterwards, or Ctrl-C would go to the `sleep` below alone.

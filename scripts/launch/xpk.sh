@@ -72,7 +72,8 @@ shift
 [[ $workload =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ && ${#workload} -le 40 ]] ||
     fail "--workload must be at most 40 small letters, digits and dashes, found '$workload'."
 
-# XPK restarts after signals alone; `drift` ends with 1 when it lost the others. 2 is for what a restart cannot mend.
-if ((restarts > 0)); then words+=(--restart-on-exit-codes=1); fi
+# XPK restarts after signals alone; `drift` ends with 1 when it lost the others, with 75 when it was asked to stop and has
+# saved. 2 is for what a restart cannot mend.
+if ((restarts > 0)); then words+=(--restart-on-exit-codes=1,75); fi
 # GKE tells every host of a slice who the others are, and `drift run` looks there by itself.
 call "${words[@]}" --workload="$workload" --command="$(quote drift run "$config" "$@")"
