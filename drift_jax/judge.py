@@ -168,9 +168,12 @@ def _content(answer: dict[str, Any]) -> tuple[str, Tokens]:
     try:
         text = answer["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError):
-        raise EndpointError(f"the answer holds no message: {json.dumps(answer)[:_SHOWN]}.", passing=False) from None
-    usage = answer.get("usage") or {}
-    return text, Tokens(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        text = None
+    if not isinstance(text, str):
+        raise EndpointError(f"the answer holds no message: {json.dumps(answer)[:_SHOWN]}.", passing=False)
+    usage = answer.get("usage")
+    counts = [usage.get(key) if isinstance(usage, dict) else 0 for key in ("prompt_tokens", "completion_tokens")]
+    return text, Tokens(*(count if type(count) is int and count > 0 else 0 for count in counts))
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def parse_object(text: str) -> dict[str, Any]:
     while start >= 0:
         try:
             found, end = decoder.raw_decode(text, start)
-        except ValueError:
+        except (ValueError, RecursionError):
             end = start + 1
         start = text.find("{", end)
     if not isinstance(found, dict):

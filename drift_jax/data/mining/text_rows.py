@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, final
 
 import orjson
 
-from drift_jax.records import Row
+from drift_jax.records import LONGEST_ROW, Row
 
-LONGEST_ROW = 64 << 20  # bytes; a row that is longer is no row of a chat log
 BUFFER = 1 << 20
 _CUT_OFF = "the file ends within this row: it was cut off, as by an interrupted download"
 
