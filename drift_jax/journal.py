@@ -38,7 +38,7 @@ def read_rows(path: Path, torn: bool = False, form: Any = dict[str, Any]) -> lis
             row = parse_json(line)
         except ValueError as error:
             raise DataError(
-                f"{path}:{number} is not JSON ({why_not_json(error)}). Remove the file to make it again."
+                f"{path}:{number} is not JSON ({why_not_json(error, in_line=True)}). Remove the file to make it again."
             ) from None
         rows.append(check_form(form, row, f"{path}:{number}", "Remove the file to make it again."))
     return rows
@@ -93,6 +93,12 @@ class Journal:
         self._size += len(data)
 
     def close(self) -> None:
+        """Lets go of the file; one in which nothing was ever written does not stay."""
+        if self._file.closed:
+            return
+        mine = os.fstat(self._file.fileno())
+        if not mine.st_size and self.path.exists() and os.path.samestat(mine, self.path.stat()):
+            self.path.unlink()
         self._file.close()
 
     def __enter__(self) -> Journal:

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from drift_jax.errors import DataError, DriftError
 
+LONG_INTEGER = "a whole number with thousands of digits"
 SMALL = 64 << 20  # bytes; more is no config, no index and no report
 _SPECIAL = {
     stat.S_IFDIR: "a directory",
@@ -112,29 +113,32 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
                 _refuse_half_pairs(name, part)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError(LONG_INTEGER) from None
+        raise
     return value
 
 
-def why_not_json(error: ValueError) -> str:
-    """What `parse_json` has found, with the place, on one line."""
+def why_not_json(error: ValueError, in_line: bool = False) -> str:
+    """What `parse_json` has found and where, in words. `in_line`: the text was one line, whose number is known."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+        return f"{error.msg} at " + ("" if in_line else f"line {error.lineno}, ") + f"column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8, byte {error.object[error.start]:#04x} at {error.start}"
     return str(error)
 
 
 def check_form(form: Any, value: Any, where: str, remedy: str, error: type[DriftError] = DataError) -> Any:
-    """The value as it is, where it is of the type `form`. Raises `error` naming the first few places where it is not."""
+    """The value as it is, where it is of the type `form`. Raises `error` naming the first places where it is not."""
     try:
         _adapter(form).validate_python(value, strict=True)
         return value
     except ValidationError as problem:
-        found = [
-            f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, found {e['input']!r:.80}" for e in problem.errors()
-        ]
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise error(f"{where} has another form: {'; '.join(found[:3])}{more}. {remedy}") from None
+        errors = problem.errors()
+        found = [f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, found {e['input']!r:.80}" for e in errors[:3]]
+        more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
+        raise error(f"{where} has another form: {'; '.join(found)}{more}. {remedy}") from None
     except RecursionError:
         raise error(f"{where} has another form: nested too deeply. {remedy}") from None
 

@@ -139,7 +139,7 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
         row = parse_json(line)
     except ValueError as error:
         raise DataError(
-            f"{path}:{number} is not JSON ({why_not_json(error)}). Remove that line, or restore the file."
+            f"{path}:{number} is not JSON ({why_not_json(error, in_line=True)}). Remove that line, or restore the file."
         ) from None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise DataError(f'{path}:{number} must be a JSON object with an integer "step". Remove that line.')

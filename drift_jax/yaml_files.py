@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from drift_jax.errors import ConfigError
-from drift_jax.reading import read_text
+from drift_jax.reading import LONG_INTEGER, read_text
 
 MOST_BYTES = 1 << 20  # of a file; PyYAML takes seconds for a MiB
 MOST_NODES = 100_000
+_FOUND = {type(None): "nothing", list: "a list", str: "text"}
 _TOO_MUCH = f"more than {MOST_NODES:,} values once its aliases are written out"
 
 
@@ -54,7 +55,11 @@ def parse_yaml(text: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        if "integer string conversion" in str(error):
+            raise yaml.YAMLError(LONG_INTEGER) from None
         # A date that does not exist, an integer of thousands of digits, `!!timestamp x`, brackets without end.
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
@@ -117,5 +122,5 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not a YAML file: {on_one_line(error)}. Mend that line.") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, found {type(raw).__name__}.")
+        raise ConfigError(f"{path} must hold `key: value` lines, found {_FOUND.get(type(raw), 'one value')}. See configs/.")
     return raw

@@ -105,7 +105,7 @@ def _read_split(source: Path, split: str, on_bad_row: OnBadRow) -> tuple[tuple[P
 
 
 def _open_split(source: Path, split: str) -> Iterable[Any]:
-    if source.is_file():
+    if not source.is_dir():
         return _jsonl(source) if split == "train" else ()
     for name in _READ:
         if (source / name.format(split)).is_file():
@@ -130,7 +130,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
         try:
             yield parse_json(line)
         except ValueError as error:
-            yield f"not JSON: {why_not_json(error)}"
+            yield f"not JSON: {why_not_json(error, in_line=True)}"
 
 
 def _to_pair_row(row: Any) -> Row | str:

@@ -110,7 +110,7 @@ def _inspect_rows(
         try:
             row = parse_json(line)
         except ValueError as error:
-            problems.append((number, f"not JSON: {why_not_json(error)}"))
+            problems.append((number, f"not JSON: {why_not_json(error, in_line=True)}"))
             continue
         why = problem_of(row) if isinstance(row, dict) else "a row must be a JSON object"
         if why:

@@ -31,7 +31,7 @@ def read_value(path: Path) -> Any:
         except ValueError as error:
             if not rows:  # not even the first line is a value
                 raise DataError(f"{path} is not JSON, nor one object a line: {why_not_json(whole)}. Mend it.") from None
-            raise DataError(f"{path}:{number} is not JSON: {why_not_json(error)}. Mend that line.") from None
+            raise DataError(f"{path}:{number} is not JSON: {why_not_json(error, in_line=True)}. Mend that line.") from None
     return rows
 
 

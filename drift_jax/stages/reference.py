@@ -13,6 +13,9 @@ from jaxtyping import Float
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.distributed import send
 from drift_jax.errors import StageError
+from drift_jax.reading import read_arrays
+
+_REMEDY = "Remove it, and it is computed again."
 
 
 class RefLogps(NamedTuple):
@@ -37,10 +40,18 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     """Stored log-probs, when they are of exactly these tokens in this order."""
     if not path.exists():
         return None
-    with np.load(path) as stored:
-        if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
-            return None
-        return RefLogps(stored["ref_logps"], stored["ref_last_logps"])
+    stored = read_arrays(path, _REMEDY, StageError)
+    if missing := sorted({"tokens", "ref_logps", "ref_last_logps"} - stored.keys()):
+        raise StageError(f"{path} has no array {missing[0]}. {_REMEDY}")
+    if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
+        return None
+    for name in ("ref_logps", "ref_last_logps"):
+        if stored[name].shape != (len(pairs), 2) or stored[name].dtype.kind != "f":
+            raise StageError(
+                f"{path}: {name} is {stored[name].dtype} {stored[name].shape}, not numbers for {len(pairs)} pairs. "
+                f"{_REMEDY}"
+            )
+    return RefLogps(stored["ref_logps"], stored["ref_last_logps"])
 
 
 def share_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
