@@ -126,7 +126,7 @@ class Endpoint:
             return {}
         try:
             return answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise EndpointError(f"{url}: the answer is not JSON: {answer.text[:_SHOWN]!r}.", passing=False) from None
 
     def _without_key(self, text: str) -> str:

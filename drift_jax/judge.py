@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, final
 
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Endpoint, Retry, read_api_key
-from drift_jax.errors import EndpointError
+from drift_jax.errors import ConfigError, EndpointError
 
 T = TypeVar("T")
 
@@ -45,8 +45,12 @@ class JudgePrompt:
 
 
 def load_prompt(name: str) -> JudgePrompt:
-    """The file `drift_jax/prompts/NAME.txt`."""
-    file = importlib.resources.files("drift_jax") / "prompts" / f"{name}.txt"
+    """The file `drift_jax/prompts/NAME.txt`. Raises `ConfigError` for a name that is none of theirs."""
+    folder = importlib.resources.files("drift_jax") / "prompts"
+    ours = sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
+    if name not in ours:
+        raise ConfigError(f"there is no prompt {name!r:.80}: ours are {', '.join(ours)}.")
+    file = folder / f"{name}.txt"
     return JudgePrompt(name, file.read_text(encoding="utf-8"))
 
 

@@ -122,5 +122,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not a YAML file: {on_one_line(error)}. Mend that line.") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, found {_FOUND.get(type(raw), 'one value')}. See configs/.")
+        raise ConfigError(
+            f"{path} must hold `key: value` lines, found {_FOUND.get(type(raw), 'one value')}. See configs/."
+        )
     return raw

@@ -57,7 +57,9 @@ def test_a_broken_file_is_one_error_and_its_valid_twin_is_none(
 ) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    with beside.judge_server(beside.answer_of(case)) if "{judge}" in case.command else contextlib.nullcontext("") as url:
+    with (
+        beside.judge_server(beside.answer_of(case)) if "{judge}" in case.command else contextlib.nullcontext("") as url
+    ):
         words = case.lay(work, shared, url)
         monkeypatch.chdir(work)
         before = picture(work)

@@ -205,8 +205,8 @@ class ChatTokenizer:
         ]
         try:
             return self._render(hidden, add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses this dialogue: {error}") from error
+        except Exception as error:  # a template is a program, and may raise anything
+            raise DataError(f"the chat template refuses this dialogue: {_why(error)}") from error
 
     def _shield(self, messages: Sequence[Message]) -> _Shield:
         """What hides the characters of control tokens in messages that hold a control token or a part of one.
@@ -250,8 +250,8 @@ class ChatTokenizer:
         try:
             whole = self._render(dialogue, False)
             asks_for_reply = self._render(dialogue[:1], True) != self._render(dialogue[:1], False)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template cannot render a question and its answer: {error}") from error
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ModelError(f"the chat template cannot render a question and its answer: {_why(error)}") from error
         _, found, tail = whole.rpartition(_PROBE_REPLY)
         match = self._split.search(tail)
         if not found or match is None or not asks_for_reply:
@@ -383,6 +383,11 @@ def _ids(config: dict[str, Any], key: str) -> list[int]:
     if not all(type(i) is int and i >= 0 for i in values):
         raise ModelError(f"{key} must be a token id or a list of them, found {value!r:.80}.")
     return values
+
+
+def _why(error: Exception) -> str:
+    """What a template said itself, or what went wrong in it."""
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
 
 
 def _first_difference(before: str, whole: str) -> str:

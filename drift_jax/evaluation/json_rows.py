@@ -31,7 +31,9 @@ def read_value(path: Path) -> Any:
         except ValueError as error:
             if not rows:  # not even the first line is a value
                 raise DataError(f"{path} is not JSON, nor one object a line: {why_not_json(whole)}. Mend it.") from None
-            raise DataError(f"{path}:{number} is not JSON: {why_not_json(error, in_line=True)}. Mend that line.") from None
+            raise DataError(
+                f"{path}:{number} is not JSON: {why_not_json(error, in_line=True)}. Mend that line."
+            ) from None
     return rows
 
 
@@ -42,6 +44,7 @@ def read_json(path: Path, what: str) -> list[Row]:
       DataError: as `read_value`, or there are no such rows.
     """
     value = read_value(path)
+    value = [value] if isinstance(value, dict) else value  # a file of one line
     if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
         raise DataError(f"{path} must hold {what}: a JSON array of objects, at least one, or one object a line.")
     return value

@@ -143,8 +143,8 @@ def _weight_file_names(model_dir: Path) -> list[Path]:
             # Anything else could name a file outside the directory.
             if name != os.path.basename(name) or not name.endswith(".safetensors"):
                 raise ModelError(
-                    f"{index} names {name!r:.120}; files of a model lie beside their index and end in .safetensors. "
-                    "Download it again, from the model's own repository."
+                    f"{index} names {name!r:.120}: weights are files of this directory, by their name alone. Take the "
+                    "model from another repository."
                 )
         return [model_dir / name for name in sorted(set(names))]
     files = sorted(model_dir.glob("*.safetensors"))

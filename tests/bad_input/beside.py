@@ -150,7 +150,7 @@ def _log(work: Path) -> None:
 
 def _replies(work: Path) -> None:
     """Replies with rewards."""
-    rows = [{"id": f"p{i}", "output": f"words {'x' * i}", "reward": float(i)} for i in range(8)]
+    rows = [{"id": f"p{i}", "output": f"words {'x' * i}", "reward": float(i)} for i in range(12)]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -184,7 +184,6 @@ MAKERS: dict[str, Maker] = {
     "safetensors/seven_bytes.safetensors": _bytes(b"1234567"),
     "safetensors/directory": _directory,
     "safetensors/pipe": _pipe,
-    "safetensors/endless": _endless,
     "safetensors/length_of_exabytes.safetensors": _header(b"{}", 2**63),
     "safetensors/length_of_all_ones.safetensors": _bytes(b"\xff" * 16),
     "safetensors/length_beyond_the_end.safetensors": _header(b"{}", 3),
@@ -263,7 +262,6 @@ MAKERS: dict[str, Maker] = {
     "log_gz/empty.jsonl.gz": _bytes(b""),
     "log_gz/broken_inside.jsonl.gz": _bytes(_PACKED[:40] + b"\xff\xff\xff\xff" + _PACKED[44:]),
     "log_gz/wrong_checksum.jsonl.gz": _bytes(_PACKED[:-8] + b"\0\0\0\0" + _PACKED[-4:]),
-    "log_gz/no_end_of_line.jsonl.gz": _bytes(gzip.compress(b" " * (65 << 20), 9, mtime=0)),
     "log_gz/pipe.jsonl.gz": _pipe,
     "log_parquet/good.parquet": _parquet({"messages": [_TURNS]}),
     "log_parquet/empty.parquet": _bytes(b""),
@@ -280,8 +278,5 @@ MAKERS: dict[str, Maker] = {
     "eval_json/deep.json": _bytes(b"[" * 100_000),
     "judge_answer/not_utf8.http": _bytes(b'{"choices": "\xff"}'),
     "judge_answer/deep.http": _bytes(b"[" * 100_000),
-    "judge_answer/deep_content.http": _json(
-        {"choices": [{"message": {"role": "assistant", "content": '{"winner": ' + "[" * 100_000}}]}
-    ),
     "disk_dataset/directory": _directory,
 }
