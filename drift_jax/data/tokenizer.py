@@ -126,7 +126,9 @@ class ChatTokenizer:
         parts = [source, template, special, *map(list, (eos_ids, pad_ids, eos_token_ids))]
         self.content_hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.control_ids = frozenset(self._control.values())
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
+            raise ModelError("tokenizer.json has no tokens. Take the file from the model's own repository again.")
         self.turn_end_id = self._find_turn_end()
         self.eos_ids = tuple(dict.fromkeys([self.turn_end_id, *eos_ids]))
         self.eos_token_id = [*eos_token_ids, self.turn_end_id][0]

@@ -228,7 +228,6 @@ MAKERS: dict[str, Maker] = {
     "ref_logps/array_missing.npz": _arrays(lambda arrays: {"tokens": arrays["tokens"]}),
     "ref_logps/shape.npz": _arrays(lambda arrays: arrays | {"ref_logps": arrays["ref_logps"][:3]}),
     "ref_logps/text_array.npz": _arrays(lambda arrays: arrays | {"ref_logps": arrays["ref_logps"].astype("U8")}),
-    "metrics/directory": _directory,
     "checkpoint/directory": _directory,
     "checkpoint/empty": _bytes(b""),
     "checkpoint/binary": _bytes(bytes(range(256))),
