@@ -34,12 +34,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return fill
 
 
+class StuckError(BaseException):
+    """Nobody's `except Exception` may keep it."""
+
+
 @contextlib.contextmanager
 def in_time() -> Iterator[None]:
     """A command that hangs fails instead of keeping everybody."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"the command took more than {_LONGEST_S} s")
+        raise StuckError(f"the command took more than {_LONGEST_S} s")
 
     assert threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, stop)
