@@ -109,8 +109,8 @@ def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
         check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
         param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
     check_trackers(config.tracking.trackers)
-    check_weights(model_dir)
     open_tokenizer(model_dir)
+    check_weights(model_dir)
     for path in filter(None, (config.data.seed_train, config.data.seed_test)):
         read_pairs(path, config.data.on_bad_row)
     if config.recipe.iterations:

@@ -85,8 +85,8 @@ def sample(
     model_dir = on_each(lambda: resolve(model, resolved))
     # All that the user can mend is refused before anything is written.
     on_main(lambda: check_choosing(resolved))
-    on_main(lambda: check_weights(model_dir))
     on_main(lambda: open_tokenizer(model_dir) and None)
+    on_main(lambda: check_weights(model_dir))
     on_main(lambda: load_split(resolved, str(input)) and None)
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
@@ -147,8 +147,8 @@ def train(
     model_dir, manifest = on_each(lambda: resolve(model, resolved)), Manifest(out)
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     for directory in dict.fromkeys((model_dir, reference_dir)):
-        on_main(lambda directory=directory: check_weights(directory))
         on_main(lambda directory=directory: open_tokenizer(directory) and None)
+        on_main(lambda directory=directory: check_weights(directory))
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if on_main(test_pairs.exists) else None
     for path in filter(None, (train_pairs, test)):
