@@ -125,9 +125,12 @@ class Endpoint:
         if not answer.content:
             return {}
         try:
-            return answer.json()
+            found = answer.json()
         except (ValueError, RecursionError):
-            raise EndpointError(f"{url}: the answer is not JSON: {answer.text[:_SHOWN]!r}.", passing=False) from None
+            found = None
+        if not isinstance(found, dict):
+            raise EndpointError(f"{url}: the answer is not a JSON object: {answer.text[:_SHOWN]!r}.", passing=False)
+        return found
 
     def _without_key(self, text: str) -> str:
         """Some servers repeat the key that they refuse."""
