@@ -126,7 +126,7 @@ class Checkpointer:
             args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}  # type: ignore[call-arg]
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             return {name: restored[name] for name in abstract}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StageError(
                 f"the checkpoint {self.directory}/{step} does not fit this model and optimizer: {error}. "
                 "Use the config it was made with, or remove the directory to start the stage again."

@@ -23,7 +23,7 @@ from drift_jax.credentials import ServerArguments, ServerEnvironment, ServerUrl,
 from drift_jax.errors import ConfigError
 from drift_jax.methods import DEFAULT, load_method, method_names
 from drift_jax.presets import apply_preset
-from drift_jax.yaml_files import parse_yaml, read_yaml
+from drift_jax.yaml_files import on_one_line, parse_yaml, read_yaml
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
@@ -416,7 +416,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from None
+        raise ConfigError(f"--set {key}: {text!r:.80} is not a YAML value: {on_one_line(error)}.") from None
     *sections, leaf = key.split(".")
     node = raw
     for section in sections:

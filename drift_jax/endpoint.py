@@ -132,9 +132,12 @@ class Endpoint:
             return {}
         text = self._without_key(answer.text)
         try:
-            return json.loads(text)
-        except ValueError:
-            raise EndpointError(f"{url}: the answer is not JSON: {text[:_SHOWN]!r}.", passing=False) from None
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise EndpointError(f"{url}: the answer is not a JSON object: {text[:_SHOWN]!r}.", passing=False)
+        return found
 
     def _without_key(self, text: str) -> str:
         """Some servers repeat the key that they refuse; what they answer is shown, and kept in files."""

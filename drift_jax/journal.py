@@ -14,19 +14,21 @@ from typing import Any, final
 
 from drift_jax.errors import DataError, StageError
 from drift_jax.files import sync_directory
+from drift_jax.reading import check_form, parse_json, read_bytes, why_not_json
 from drift_jax.stopping import held
 
 
-def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+def read_rows(path: Path, torn: bool = False, form: Any = dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a file that this package wrote.
 
     Args:
       torn: whether the last line may be unfinished (the writer was killed), and is then passed over.
+      form: the type of a row, such as a TypedDict of the keys that are going to be read.
 
     Raises:
-      DataError: a line is not JSON; names it.
+      DataError: the file cannot be read, or a line is not JSON or of another form; names it.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     if torn:
         data = data[: data.rfind(b"\n") + 1]  # of the bytes: a kill may leave half of a character
     rows = []
@@ -34,9 +36,12 @@ def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON ({error}). Remove the file to make it again.") from None
+            raise DataError(
+                f"{path}:{number} is not JSON ({why_not_json(error, in_line=True)}). Remove the file to make it again."
+            ) from None
+        rows.append(check_form(form, row, f"{path}:{number}", "Remove the file to make it again."))
     return rows
 
 
@@ -46,19 +51,22 @@ class Journal:
 
     A torn last line (the process was killed while writing) is cut off on opening.
 
+    Args:
+      form: of a row, as in `read_rows`.
+
     Raises:
-      StageError: another process writes it.
-      DataError: a line is not JSON.
+      StageError: another process writes it, or it is no file.
+      DataError: a line is not JSON or of another form. The file is left as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, form: Any = dict[str, Any]) -> None:
         self.path = path
         self._file = _open_locked(path)
         try:
             data = path.read_bytes()
             self._size = data.rfind(b"\n") + 1
+            self.rows = read_rows(path, torn=True, form=form)
             self._file.truncate(self._size)
-            self.rows = read_rows(path)
         except BaseException:
             self._file.close()
             raise
@@ -87,6 +95,12 @@ class Journal:
             ) from None
 
     def close(self) -> None:
+        """Lets go of the file; one in which nothing was ever written does not stay."""
+        if self._file.closed:
+            return
+        mine = os.fstat(self._file.fileno())
+        if not mine.st_size and self.path.exists() and os.path.samestat(mine, self.path.stat()):
+            self.path.unlink()
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -101,7 +115,12 @@ class Journal:
 def _open_locked(path: Path) -> io.FileIO:
     """The file opened for appending. The system lets go of the lock however the process ends."""
     while True:
-        file = io.FileIO(path, "a")
+        if path.exists() and not path.is_file():
+            raise StageError(f"{path} is a directory, a pipe or a device, and rows go into a file. Name another.")
+        try:
+            file = io.FileIO(path, "a")
+        except OSError as error:
+            raise StageError(f"cannot write {path}: {error.strerror or error}. Give another path.") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

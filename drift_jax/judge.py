@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, final
 
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Endpoint, Retry, read_api_key
-from drift_jax.errors import EndpointError
+from drift_jax.errors import ConfigError, EndpointError
 
 T = TypeVar("T")
 
@@ -45,8 +45,12 @@ class JudgePrompt:
 
 
 def load_prompt(name: str) -> JudgePrompt:
-    """The file `drift_jax/prompts/NAME.txt`."""
-    file = importlib.resources.files("drift_jax") / "prompts" / f"{name}.txt"
+    """The file `drift_jax/prompts/NAME.txt`. Raises `ConfigError` for a name that is none of theirs."""
+    folder = importlib.resources.files("drift_jax") / "prompts"
+    ours = sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
+    if name not in ours:
+        raise ConfigError(f"there is no prompt {name!r:.80}: ours are {', '.join(ours)}.")
+    file = folder / f"{name}.txt"
     return JudgePrompt(name, file.read_text(encoding="utf-8"))
 
 
@@ -168,9 +172,12 @@ def _content(answer: dict[str, Any]) -> tuple[str, Tokens]:
     try:
         text = answer["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError):
-        raise EndpointError(f"the answer holds no message: {json.dumps(answer)[:_SHOWN]}.", passing=False) from None
-    usage = answer.get("usage") or {}
-    return text, Tokens(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        text = None
+    if not isinstance(text, str):
+        raise EndpointError(f"the answer holds no message: {json.dumps(answer)[:_SHOWN]}.", passing=False)
+    usage = answer.get("usage")
+    counts = [usage.get(key) if isinstance(usage, dict) else 0 for key in ("prompt_tokens", "completion_tokens")]
+    return text, Tokens(*(count if type(count) is int and count > 0 else 0 for count in counts))
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def parse_object(text: str) -> dict[str, Any]:
     while start >= 0:
         try:
             found, end = decoder.raw_decode(text, start)
-        except ValueError:
+        except (ValueError, RecursionError):
             end = start + 1
         start = text.find("{", end)
     if not isinstance(found, dict):

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rich.console import Console
+from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 
 from drift_jax import stopping
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Retry
-from drift_jax.errors import EndpointError, StageError
+from drift_jax.errors import DataError, EndpointError, StageError
 from drift_jax.journal import Journal
 from drift_jax.judge import Judge, MalformedError, Tokens, Verdict
 from drift_jax.progress import stage_progress
@@ -30,6 +31,18 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 _LAST_ANSWERS_S = 8  # for answers that are on their way when the run is to stop
+
+
+class _Row(TypedDict):
+    """Of the cache, as far as it is read."""
+
+    key: str
+    answer: dict[str, Any]
+    malformed: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
 _GIVE_UP = 16  # failures of the server in a row, from the first question on, that say enough
 
 
@@ -101,20 +114,31 @@ def ask_all(
       StageError: the server answered nothing at all, or another process writes the cache.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(cache) as journal, Judge(config, retry) as judge:
+    with Journal(cache, _Row) as journal, Judge(config, retry) as judge:
         known = {row["key"]: row for row in journal.rows}
         keys = {question.id: question.key(config) for question in questions}
         missing = {keys[q.id]: q for q in questions if keys[q.id] not in known}
         cached = sum(key in known for key in keys.values())
         failures, lost = _ask_missing(missing, judge, journal, known, console, what)
     rows = {q.id: known[keys[q.id]] for q in questions if keys[q.id] in known}
-    values = {q.id: q.read(rows[q.id]["answer"]) for q in questions if q.id in rows}
+    values = {q.id: _read_cached(q, rows[q.id], cache) for q in questions if q.id in rows}
     failed = {q.id: failures[keys[q.id]] for q in questions if keys[q.id] not in known}
     used = {row["key"]: row for row in rows.values()}.values()
     tokens = sum((Tokens(row["prompt_tokens"], row["completion_tokens"]) for row in used), lost.tokens)
     malformed = lost.malformed + sum(row["malformed"] for row in used)
     tally = Tally(len(questions), cached, len(failed), malformed, tokens, _dollars(tokens, config))
     return Judged(values, rows, failed, tally)
+
+
+def _read_cached(question: Question[T], row: Mapping[str, Any], cache: Path) -> T:
+    """Of an answer that was used before: nobody but the file's editor makes it unusable."""
+    try:
+        return question.read(row["answer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{cache}: the answer to {question.id} cannot be used ({type(error).__name__}: {error}). Remove its line, "
+            "and the judge is asked again."
+        ) from None
 
 
 @dataclass

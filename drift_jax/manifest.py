@@ -15,12 +15,20 @@ import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # pydantic needs these on Python 3.11
+    final,
+)
+
+from typing_extensions import TypedDict
 
 from drift_jax.config import RunConfig, config_keys
 from drift_jax.errors import StageError
 from drift_jax.files import write_json
 from drift_jax.methods import DEFAULT
+from drift_jax.reading import check_form, read_json
 
 MANIFEST_FILE = "manifest.json"
 # Files of a model directory that change what the model computes or how text becomes ids.
@@ -32,6 +40,37 @@ _MODEL_FILES = (
     "generation_config.json",
 )
 _PACKAGES = ("drift-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "vllm")
+
+_RESTORE = "Restore it, or give a new run directory with --run-dir."
+
+
+class _Summary(TypedDict, total=False):
+    """Of a stage; other keys may stand beside these."""
+
+    pairs: int
+    held_out: int
+    steps: int
+    drops: dict[str, int]
+    warnings: list[str]
+    loss: float | None
+    tokens_per_second: float | None
+    seconds: float | None
+
+
+class _Entry(TypedDict):
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    started: str
+    finished: str | None
+    summary: _Summary
+    versions: NotRequired[dict[str, str]]
+
+
+class _Data(TypedDict):
+    format: Literal[1]
+    stages: dict[str, _Entry]
+    hashes: dict[str, list[Any]]  # size, time of change in nanoseconds, sha256
+
 
 # Keys that came later, with what they were before they were written down.
 _LATER = {"recipe.method": DEFAULT}
@@ -59,12 +98,8 @@ class Manifest:
         self.path = run_dir / MANIFEST_FILE
         self._data: dict[str, Any] = {"format": 1, "stages": {}, "hashes": {}}
         if self.path.exists():
-            try:
-                self._data = json.loads(self.path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise StageError(
-                    f"{self.path} is not JSON ({error}). Restore it, or give a new run directory with --run-dir."
-                ) from None
+            found = read_json(self.path, _RESTORE, StageError, most=None)
+            self._data = check_form(_Data, found, str(self.path), _RESTORE, StageError)
 
     def enter(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
         """True when the stage is finished already.

@@ -27,16 +27,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
+from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 
 from drift_jax.checkpoint import find_damage
 from drift_jax.config import RunConfig, config_to_yaml
 from drift_jax.distributed import on_each, on_main
 from drift_jax.files import check_checkpoint_place
 from drift_jax.manifest import Manifest
-from drift_jax.models.hf import load_qwen_config, resolve_model
+from drift_jax.models.hf import check_weights, load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
 from drift_jax.parts import Kind, Part
 from drift_jax.progress import StageSummary, printable, summary_markdown, summary_table
+from drift_jax.reading import check_form, read_json
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, check_batch
 from drift_jax.stages.dpo import TrainJob, train_stage
@@ -82,6 +84,18 @@ def run(config: RunConfig, console: Console, part: Part | None = None) -> Path:
     return policy
 
 
+class _Answer(TypedDict):
+    prompt: str
+    before: str
+    after: str
+
+
+def _read_answers(path: Path) -> list[dict[str, str]]:
+    """What the showcase stage wrote, of this call or one before."""
+    remedy = "Restore it, or give a new run directory with --run-dir."
+    return check_form(list[_Answer], read_json(path, remedy), str(path), remedy)
+
+
 def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
     """Finds what would stop a later stage before the first one has cost any time.
 
@@ -100,6 +114,7 @@ def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
         param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
     check_trackers(config.tracking.trackers)
     open_tokenizer(model_dir)
+    check_weights(model_dir)
     for path in filter(None, (config.data.seed_train, config.data.seed_test)):
         read_pairs(path, config.data.on_bad_row)
     if config.recipe.iterations:
@@ -158,7 +173,7 @@ class Recipe:
             self._stage(
                 "showcase", keys, inputs, lambda: showcase_stage(self.config, initial, policy, path, self.console)
             )
-            answers = on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
+            answers = on_main(lambda: _read_answers(path))
         self.console.print(summary_table(self.rows, title=escape(str(self.run_dir))))
         for answer in answers:
             before, after = (printable(answer[when], lines=12) for when in ("before", "after"))

@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from drift_jax.errors import BadRowsError, DataError
+from drift_jax.reading import HalfPairError, open_file, parse_json
 
 Row = dict[str, Any]
 OnBadRow = Literal["error", "skip"]
 LoggedSide = Literal["chosen", "rejected"]  # where the logged reply stands: of SAT, of DSAT records
 RecordT = TypeVar("RecordT")
 
+LONGEST_ROW = 64 << 20  # bytes; a row that is longer is no row of a dialogue
 ROLES = ("system", "user", "assistant")
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
 _PAIR_KEYS = ("prompt", "chosen", "rejected")
@@ -194,13 +196,13 @@ def _read_share(
     records: list[tuple[int, Any]] = []
     bad: list[tuple[int, str]] = []
     total = 0
-    for line, raw in _lines(path):
+    for line, raw in read_lines(path):
         total += 1
         if total % count != index:
             continue
         row, problems = _parse(raw)
         if row is not None:
-            problems = find_problems(row) + _encoding_problems(row)
+            problems = find_problems(row)
         if problems or row is None:
             bad += [(line, why) for why in problems]
         else:
@@ -235,20 +237,27 @@ def settle_rows(
     return set(line_of_id.values()), tuple(problems)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of every line that is not blank."""
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of every line that is not blank. Raises `DataError` as `read_dsat`, less its rows."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory: a JSONL file is needed.")
+    if not path.exists() and not path.is_symlink():
+        raise DataError(f"{path} does not exist: a JSONL file is needed.")
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_file(path) as file:
+            number = 0
+            while line := file.readline(LONGEST_ROW):
+                number += 1
+                if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
+                    raise DataError(
+                        f"{path}:{number} is longer than {LONGEST_ROW >> 20} MiB: this is no JSONL file. "
+                        "One JSON object a line is needed."
+                    )
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)  # some editors put a byte order mark first
                     _refuse_other_files(path, line)
                 if line.strip():
                     yield number, line
-    except IsADirectoryError:
-        raise DataError(f"{path} is a directory: a JSONL file is needed.") from None
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: a JSONL file is needed.") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
 
@@ -267,33 +276,18 @@ def _refuse_other_files(path: Path, first_line: bytes) -> None:
 
 def _parse(raw: bytes) -> tuple[Row | None, list[str]]:
     try:
-        row = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        row = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return None, [f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}"]
     except json.JSONDecodeError as error:
         return None, [f"not JSON: {error.msg} at column {error.colno}"]
+    except HalfPairError as error:
+        return None, [str(error)]
     except ValueError as error:
         return None, [f"not JSON: {error}"]
-    except RecursionError:
-        return None, ["not JSON that can be read: nested too deeply"]
     if not isinstance(row, dict):
         return None, [f"a row must be a JSON object, found {_kind(row)}"]
     return row, []
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _encoding_problems(row: Row) -> list[str]:
-    problems = []
-    for key, value in row.items():
-        try:
-            (key + json.dumps(value, ensure_ascii=False)).encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
-            problems.append(f"{key!a} holds U+{code:04X}, half of a surrogate pair: no UTF-8 text can")
-    return problems
 
 
 # ------------------------------------------------------------------------------------------- validation
@@ -329,7 +323,7 @@ def _missing(row: Row, keys: tuple[str, ...]) -> list[str]:
     absent = [key for key in keys if key not in row]
     if not absent:
         return []
-    return [f"missing {', '.join(absent)}; a row needs {', '.join(keys)}, found {', '.join(row) or 'none'}"]
+    return [f"missing {', '.join(absent)}; a row needs {', '.join(keys)}, found {', '.join(row)[:200] or 'none'}"]
 
 
 def _prompt_problems(prompt: Any) -> list[str]:
@@ -349,7 +343,7 @@ def _prompt_problems(prompt: Any) -> list[str]:
     if turns != expected or len(turns) % 2 == 0:
         problems.append(
             "prompt roles must be an optional system, then user and assistant in turn, ending with user; "
-            f"found {', '.join(roles)}"
+            f"found {', '.join(roles)[:200]}"
         )
     return problems
 
@@ -371,10 +365,10 @@ def _message_problems(message: Any, where: str, role: str | None = None) -> list
     problems = []
     unknown = sorted(set(message) - {"role", "content"})
     if unknown:
-        problems.append(f"{where} may hold role and content only, found also {', '.join(unknown)}")
+        problems.append(f"{where} may hold role and content only, found also {', '.join(unknown)[:200]}")
     allowed = (role,) if role else ROLES
     if message.get("role") not in allowed:
-        problems.append(f"{where}.role must be {' or '.join(allowed)}, found {message.get('role')!r}")
+        problems.append(f"{where}.role must be {' or '.join(allowed)}, found {message.get('role')!r:.80}")
     content = message.get("content")
     if not isinstance(content, str):
         problems.append(f"{where}.content must be a string, found {_kind(content)}")
@@ -387,7 +381,7 @@ def _id_problems(row: Row, key: str, prefix: str = "") -> list[str]:
     value = row.get(key, "row")
     if (isinstance(value, str) and value.strip()) or type(value) is int:
         return []
-    return [f"{prefix}{key} must be a string that is not empty, found {value!r}"]
+    return [f"{prefix}{key} must be a string that is not empty, found {value!r:.80}"]
 
 
 def _kind(value: Any) -> str:

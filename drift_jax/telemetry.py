@@ -27,6 +27,7 @@ import numpy as np
 
 from drift_jax.errors import ConfigError, DataError, StageError
 from drift_jax.files import atomic_writer
+from drift_jax.reading import parse_json, read_bytes, why_not_json
 
 METRICS_FILE = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -139,17 +140,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _complete_lines(path: Path) -> tuple[list[tuple[int, str]], bool]:
     """(line number, text) of every line that ends in a newline, and whether an unfinished one follows."""
-    *complete, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *complete, rest = read_bytes(path).decode("utf-8", errors="replace").split("\n")
     return [(n, line) for n, line in enumerate(complete, start=1) if line.strip()], bool(rest.strip())
 
 
 def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number} is not JSON ({error}). Remove that line, or restore the file.") from None
+        row = parse_json(line)
+    except ValueError as error:
+        raise DataError(
+            f"{path}:{number} is not JSON ({why_not_json(error, in_line=True)}). Remove that line, or restore the file."
+        ) from None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise DataError(f'{path}:{number} must be a JSON object with an integer "step". Remove that line.')
+    for name, value in row.items():
+        if not (isinstance(value, int | float) or (isinstance(value, str) and value in _NON_FINITE)):
+            raise DataError(f"{path}:{number}: {name:.80} must be a number, found {value!r:.80}. Remove that line.")
     return row
 
 

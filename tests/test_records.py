@@ -190,7 +190,7 @@ BAD_LINES: list[tuple[Any, str]] = [
     (b"[1]\n", "a row must be a JSON object, found a list"),
     (b'{"prompt": "\xff"}\n', "not UTF-8: byte 0xff at column 13"),
     (b'{"x": NaN}\n', "not JSON: NaN is not a JSON number"),
-    (b"[" * 100_000 + b"\n", "not JSON that can be read: nested too deeply"),
+    (b"[" * 100_000 + b"\n", "not JSON: nested too deeply"),
     ({"x": 1}, "missing prompt, rejected, user_preference; a row needs .*, found x"),
     (dsat_row(user_preference=...), "missing user_preference; a row needs"),
     (dsat_row(prompt="Hi"), "prompt must be a list of messages, found a string"),

@@ -120,7 +120,7 @@ def _load_config(
 ) -> MiningConfig:
     from drift_jax.data.mining.config import load_mining_config
 
-    more = [f"detector.{key}={json.dumps(value)}" for key, value in settings.items() if value]
+    more = [f"detector.{key}={json.dumps(value, default=str)}" for key, value in settings.items() if value]
     if mask_pii:
         more.append("hygiene.mask_pii=true")
     return load_mining_config(path, [*more, *(changes or [])])

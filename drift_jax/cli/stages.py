@@ -73,6 +73,7 @@ def sample(
 ) -> None:
     """Samples replies for logged records, by `recipe.method`, and writes pairs.train.jsonl and pairs.test.jsonl."""
     from drift_jax.manifest import Manifest
+    from drift_jax.models.hf import check_weights
     from drift_jax.stages.identity import sample_identity, sampling_job
     from drift_jax.stages.inputs import load_split, open_tokenizer, run_lock
     from drift_jax.stages.pair import check_choosing, pair_stage
@@ -85,6 +86,7 @@ def sample(
     # All that the user can mend is refused before anything is written.
     on_main(lambda: check_choosing(resolved))
     on_main(lambda: open_tokenizer(model_dir) and None)
+    on_main(lambda: check_weights(model_dir))
     on_main(lambda: load_split(resolved, str(input)) and None)
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
@@ -121,11 +123,12 @@ def train(
     from drift_jax.data.mixer import load_mixture
     from drift_jax.handbook import is_handbook_file, translate_handbook
     from drift_jax.manifest import Manifest
+    from drift_jax.models.hf import check_weights
     from drift_jax.records import read_pairs
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
-    from drift_jax.stages.inputs import run_lock
+    from drift_jax.stages.inputs import open_tokenizer, run_lock
 
     changes, console = changes_of(overrides, on_bad_row), build_console()
     if is_handbook_file(config):
@@ -143,6 +146,9 @@ def train(
         resolved = load_config(config, changes)
     model_dir = on_each(lambda: resolve(model, resolved))
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
+    for directory in dict.fromkeys((model_dir, reference_dir)):
+        on_main(lambda directory=directory: open_tokenizer(directory) and None)
+        on_main(lambda directory=directory: check_weights(directory))
     train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
     test = test_pairs if on_main(test_pairs.exists) else None
     for path in filter(None, (train_pairs, test)):

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-from datasets.exceptions import DatasetsError
 
 from drift_jax.data.mixer import pair_row
 from drift_jax.data.tables import check_table
 from drift_jax.errors import BadRowsError, DataError, StageError
 from drift_jax.files import write_jsonl
-from drift_jax.records import OnBadRow, Pair, Row, pair_to_row, read_pairs
+from drift_jax.reading import parse_json, why_not_json
+from drift_jax.records import OnBadRow, Pair, Row, pair_to_row, read_lines, read_pairs
 
 Form = Literal["drift", "handbook", "disk"]
 _SPLITS = ("train", "test")
@@ -106,7 +106,7 @@ def _read_split(source: Path, split: str, on_bad_row: OnBadRow) -> tuple[tuple[P
 
 
 def _open_split(source: Path, split: str) -> Iterable[Any]:
-    if source.is_file():
+    if not source.is_dir():
         return _jsonl(source) if split == "train" else ()
     for name in _READ:
         if (source / name.format(split)).is_file():
@@ -118,20 +118,21 @@ def _open_split(source: Path, split: str) -> Iterable[Any]:
             return tables.get(split, ())
         if (source / "state.json").is_file():
             return datasets.Dataset.load_from_disk(str(source)) if split == "train" else ()
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"cannot read the dataset {source}: {error}.") from None
+    except Exception as error:  # for a damaged directory the library raises whatever its parsers do
+        raise DataError(
+            f"cannot read the dataset {source} ({type(error).__name__}: {error!s:.200}). Save it again with "
+            "save_to_disk, or name a folder with pairs."
+        ) from None
     return ()
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
     """Rows, or in their place the reason why one cannot be read."""
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield f"not JSON: {error}"
+    for _, line in read_lines(path):
+        try:
+            yield parse_json(line)
+        except ValueError as error:
+            yield f"not JSON: {why_not_json(error, in_line=True)}"
 
 
 def _to_pair_row(row: Any) -> Row | str:
@@ -140,7 +141,7 @@ def _to_pair_row(row: Any) -> Row | str:
         return row if isinstance(row, str) and row.startswith("not JSON") else "a row must be a JSON object"
     if isinstance(row.get("meta"), str):
         try:
-            row = row | {"meta": json.loads(row["meta"])}
+            row = row | {"meta": parse_json(row["meta"])}
         except ValueError:
             return "meta is text that is not JSON"
     ready = pair_row(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 
 from drift_jax.config import load_config
 from drift_jax.errors import BadRowsError, DataError
-from drift_jax.records import OnBadRow, Row, read_dsat, read_pairs, read_sat
+from drift_jax.reading import parse_json, read_json, why_not_json
+from drift_jax.records import OnBadRow, Row, read_dsat, read_lines, read_pairs, read_sat
 
 _PART_KEYS = ("prompt", "rejected", "chosen", "user_preference")
 _COMPLETION_KEYS = {"id": str, "sample": int, "text": str, "token_ids": list, "finish_reason": str}
@@ -56,10 +56,7 @@ def inspect_file(path: Path, on_bad_row: OnBadRow = "error") -> Inspection:
 
 
 def _inspect_json(path: Path) -> Inspection:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a JSON file that can be read: {error}.") from None
+    value = read_json(path, "Mend it.", most=None)
     keys = {key: 1 for key in value} if isinstance(value, dict) else {}
     return Inspection("JSON", 1, keys=keys)
 
@@ -67,12 +64,8 @@ def _inspect_json(path: Path) -> Inspection:
 def _first_row(path: Path) -> Row:
     """Empty where it is no object: whoever reads the whole file says so."""
     try:
-        with path.open("rb") as file:
-            line = next((line for line in file if line.strip()), b"{}")
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-    except (ValueError, RecursionError):
+        row = parse_json(next((line for _, line in read_lines(path)), b"{}"))
+    except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
 
@@ -112,21 +105,18 @@ def _inspect_rows(
     keys: Counter[str] = Counter()
     problems: list[tuple[int, str]] = []
     total = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            total += 1
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                problems.append((number, f"not JSON: {error}"))
-                continue
-            why = problem_of(row) if isinstance(row, dict) else "a row must be a JSON object"
-            if why:
-                problems.append((number, why))
-            else:
-                keys.update(list(row))
+    for number, line in read_lines(path):
+        total += 1
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            problems.append((number, f"not JSON: {why_not_json(error, in_line=True)}"))
+            continue
+        why = problem_of(row) if isinstance(row, dict) else "a row must be a JSON object"
+        if why:
+            problems.append((number, why))
+        else:
+            keys.update(list(row))
     if not total:
         raise DataError(f"{path} is empty: at least one row is needed.")
     if problems and (on_bad_row == "error" or len(problems) == total):
@@ -157,7 +147,7 @@ def _describe(
         keys.update(list(extra))
         for name, size in ("prompt", sum(len(m.content) for m in prompt)), *((n, len(t)) for n, t in parts.items()):
             lengths.setdefault(name, []).append(size)
-        for name, value in (extra | extra.get("meta", {})).items():
+        for name, value in (extra | (meta if isinstance(meta := extra.get("meta"), dict) else {})).items():
             if name in ("split", "license", "sampler"):
                 values.setdefault(name, Counter())[str(value)] += 1
     spans = {name: (min(sizes), sorted(sizes)[len(sizes) // 2], max(sizes)) for name, sizes in lengths.items()}

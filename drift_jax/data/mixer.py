@@ -33,7 +33,8 @@ from drift_jax.data.tables import check_table
 from drift_jax.errors import BadRowsError, DataError
 from drift_jax.files import atomic_writer, write_json, write_jsonl
 from drift_jax.handbook import DatasetMixture, DatasetPart
-from drift_jax.records import OnBadRow, Pair, Row, pair_to_row, read_pairs
+from drift_jax.reading import parse_json
+from drift_jax.records import OnBadRow, Pair, Row, pair_to_row, read_lines, read_pairs
 
 
 class _Place(NamedTuple):
@@ -251,17 +252,15 @@ def _load(part: DatasetPart) -> _Table:
 def _read_jsonl(path: Path) -> list[Row]:
     """The rows as they are; what a pair needs is checked for the rows that are taken."""
     rows, problems = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    row = error
-                if isinstance(row, dict):
-                    rows.append(row)
-                else:
-                    problems.append(f"  {path}:{number}: not a JSON object: {str(row)[:80]}")
+    for number, line in read_lines(path):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            row = error
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            problems.append(f"  {path}:{number}: not a JSON object: {str(row)[:80]}")
     if problems:
         raise DataError(f"{len(problems)} lines of {path} are no rows:\n" + "\n".join(problems[: BadRowsError.SHOWN]))
     return rows

@@ -23,7 +23,9 @@ import numpy as np
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.errors import DataError
 from drift_jax.files import atomic_writer
+from drift_jax.reading import read_arrays
 
+_REMEDY = "Remove it, and it is made again."
 FORMAT = 1  # part of every key; raise it when this layout changes, or the ids that the code makes of a pair
 KEPT = 2  # newest files of a kind that stay: a stage's train and held-out pairs may have the same file name
 
@@ -48,9 +50,8 @@ def read_tokens(path: Path, key: str) -> TokenizedRows | None:
     """
     if not path.exists():
         return None
+    arrays = read_arrays(path, _REMEDY)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         if arrays.pop("digest").tobytes() != _digest(key, arrays):
             raise ValueError("its digest does not fit its content")
         return _rows_of(arrays)
@@ -68,13 +69,13 @@ class Lengths(NamedTuple):
 
 def read_lengths(path: Path) -> list[tuple[str, Lengths]]:
     """How long the pairs of a file are, by id, whatever key it is of. Raises `DataError` where it is damaged."""
+    arrays = read_arrays(path, _REMEDY)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            ends, ids = file["ends"], json.loads(file["text"].tobytes())["ids"]
+        ends, ids = arrays["ends"], json.loads(arrays["text"].tobytes())["ids"]
         sizes = np.diff(ends.ravel(), prepend=0).reshape(-1, 3)
         return [(name, Lengths(*row)) for name, row in zip(ids, sizes.tolist(), strict=True)]
     except Exception as error:  # as in `read_tokens`
-        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}. {_REMEDY}") from error
 
 
 def _rows_of(arrays: Mapping[str, np.ndarray]) -> TokenizedRows:

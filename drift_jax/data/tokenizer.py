@@ -26,6 +26,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from drift_jax.data.template_trial import find_excess
 from drift_jax.errors import DataError, ModelError
+from drift_jax.reading import SMALL, read_json, read_text
 from drift_jax.records import Message, messages_to_rows
 
 _PROBE = (
@@ -33,6 +34,7 @@ _PROBE = (
     Message("assistant", "\n A reply:\n\n    code  \n"),
     Message("user", "Again?"),
 )
+_LARGEST = 1 << 30  # bytes of a tokenizer.json; published ones have up to some tens of MB
 _PROBE_REPLY = "drift-probe-reply"
 # What a template may write: tools, dates and rules of conduct of its own, and a message in more than one place.
 _MOST_WRITTEN, _MOST_TIMES = 1_000_000, 20
@@ -50,7 +52,7 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
         raise ModelError(f"{directory} is not a model directory: a tokenizer.json is needed there.")
     config = _read_json(directory / "tokenizer_config.json")
     template = _find_chat_template(directory, config)
-    special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {key: _token_text(directory, config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     backend = _load_backend(directory)
     generation, model = (_read_json(directory / name) for name in ("generation_config.json", "config.json"))
     of_token = {key: _id_of(backend, text) for key, text in special.items()}
@@ -58,7 +60,7 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
     pad = [*of_token["pad_token"], *_ids(generation, "pad_token_id"), *_ids(model, "pad_token_id")]
     try:
         return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
-    except ModelError as error:
+    except (ModelError, DataError) as error:  # the probe dialogue is one
         raise ModelError(f"{directory}: {error}") from None
 
 
@@ -128,7 +130,9 @@ class ChatTokenizer:
         parts = [source, template, special, *map(list, (eos_ids, pad_ids, eos_token_ids))]
         self.content_hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.control_ids = frozenset(self._control.values())
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
+            raise ModelError("tokenizer.json has no tokens. Take the file from the model's own repository again.")
         self.turn_end_id = self._find_turn_end()
         self.eos_ids = tuple(dict.fromkeys([self.turn_end_id, *eos_ids]))
         self.eos_token_id = [*eos_token_ids, self.turn_end_id][0]
@@ -283,7 +287,7 @@ def _load_backend(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     try:
         if path.exists():
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_str(read_text(path, ModelError, _LARGEST))
         from transformers import AutoTokenizer
 
         # False, or transformers asks at the terminal whether to run the repository's code.
@@ -299,10 +303,11 @@ def _load_backend(directory: Path) -> Tokenizer:
 def _find_chat_template(directory: Path, config: dict[str, Any]) -> str:
     jinja_file = directory / "chat_template.jinja"
     if jinja_file.exists():
-        return jinja_file.read_text(encoding="utf-8")
+        return read_text(jinja_file, ModelError, SMALL, "Take the file from the model's own repository again.")
     template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = {item["name"]: item["template"] for item in template}.get("default")
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if not isinstance(template, str) or not template.strip():
         raise ModelError(
             f"{directory} has no chat template: looked for chat_template.jinja, `chat_template` in "
@@ -377,19 +382,23 @@ def _byte_of(char: str) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty when there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists() and not path.is_symlink():
         return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    value = read_json(path, "Take the file from the model's own repository again.", ModelError)
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold a JSON object, found {type(value).__name__}.")
     return value
 
 
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+def _token_text(directory: Path, config: dict[str, Any], key: str) -> str | None:
+    value = config.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise ModelError(
+            f"{directory / 'tokenizer_config.json'}: {key} must be a token's text, an object with it, or null, "
+            f"found {value!r:.80}. Take the file from the model's own repository again."
+        )
+    return text
 
 
 def _id_of(backend: Tokenizer, text: str | None) -> list[int]:
@@ -401,7 +410,7 @@ def _ids(config: dict[str, Any], key: str) -> list[int]:
     value = config.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and i >= 0 for i in values):
-        raise ModelError(f"{key} must be a token id or a list of them, found {value!r}.")
+        raise ModelError(f"{key} must be a token id or a list of them, found {value!r:.80}.")
     return values
 
 

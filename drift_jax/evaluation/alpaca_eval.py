@@ -30,6 +30,8 @@ from drift_jax.errors import DataError, StageError
 from drift_jax.evaluation.intervals import score_interval
 from drift_jax.evaluation.report import Report, Section, number, with_interval
 from drift_jax.files import atomic_writer, write_json
+from drift_jax.reading import read_text
+from drift_jax.yaml_files import parse_yaml
 
 LC_MISSING = "not computed: needs df_gamed.csv"
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # of the published table of AlpacaEval 2
@@ -81,7 +83,7 @@ def _preference(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
 
@@ -233,15 +235,18 @@ def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir:
     shipped = Path(package.constants.EVALUATORS_CONFIG_DIR)
     source = Path(annotator) if Path(annotator).is_dir() else shipped / annotator
     try:
-        raw = yaml.safe_load((source / "configs.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{annotator!r} is no annotator of alpaca-eval ({error}).") from error
-    for config in raw.values():
-        config["completions_kwargs"]["model_name"] = judge.model
-        # OpenAI's names alone are known as chat models to the package.
-        config["completions_kwargs"]["requires_chatml"] = True
-        template = Path(config["prompt_template"])
-        config["prompt_template"] = str(template if template.is_absolute() else shipped / template)
+        raw = parse_yaml(read_text(source / "configs.yaml"))
+        for config in raw.values():
+            config["completions_kwargs"]["model_name"] = judge.model
+            # OpenAI's names alone are known as chat models to the package.
+            config["completions_kwargs"]["requires_chatml"] = True
+            template = Path(config["prompt_template"])
+            config["prompt_template"] = str(template if template.is_absolute() else shipped / template)
+    except (DataError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{annotator!r} is no annotator of alpaca-eval ({type(error).__name__}: {error}): its configs.yaml needs a "
+            "name with prompt_template and completions_kwargs."
+        ) from None
     folder = out_dir / "annotator"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_writer(folder / "configs.yaml") as file:

@@ -100,7 +100,7 @@ def read_outputs(path: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
     ids = [_id_of(row) for row in rows]
     if all(ids):
         return _matched(path, [str(name) for name in ids], texts, {prompt.id: prompt.id for prompt in prompts})
-    if all("instruction" in row for row in rows):
+    if all(isinstance(row.get("instruction"), str) for row in rows):
         names = {prompt.messages[-1].content: prompt.id for prompt in prompts}
         return _matched(path, [row["instruction"] for row in rows], texts, names)
     if len(rows) != len(prompts):

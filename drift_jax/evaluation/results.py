@@ -6,21 +6,28 @@ names (RUN/iter_2/hf, or RUN-iter_2), else by the stage's folder that it lies in
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import (
+    Any,
+    NamedTuple,
+    NotRequired,  # pydantic needs these on Python 3.11
+)
+
+from typing_extensions import TypedDict
 
 from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import SHOWN
+from drift_jax.reading import check_form, read_json
 from drift_jax.telemetry import METRICS_FILE, read_metrics
 
 _STAGE = re.compile(r"(?:^|[-/])(seed|iter_\d+)(?:/hf)?/?$")
 _SKIPPED = {"hf", "checkpoints", "tokens", "tensorboard", ".cache"}  # folders that hold no reports, and many files
 _REPORT = "report.json"
+_REMEDY = "Make it again, or remove it."
 _WORDS = {
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
@@ -30,6 +37,31 @@ _WORDS = {
     "tokens/rejected": "tokens rejected",
 }
 assert _WORDS.keys() == SHOWN.keys()
+
+
+class Number(TypedDict):
+    """A number with its interval; null where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class _Preference(TypedDict):
+    metrics: dict[str, Number | None]
+    pairs: NotRequired[int]
+
+
+Evaluation = TypedDict(
+    "Evaluation",
+    {
+        "preference": NotRequired[_Preference],
+        "eval_loss": NotRequired[float | None],
+        "eval_rewards/margins": NotRequired[float | None],
+        "eval_rewards/accuracies": NotRequired[float | None],
+    },
+)
+Evaluation.__doc__ = "eval.json, as far as it is read."
 
 
 class Measure(NamedTuple):
@@ -71,7 +103,7 @@ def read_results(method: str, folder: Path) -> tuple[list[Measure], list[str]]:
     for path in _reports(folder):
         data, inside = _read(path), path.relative_to(folder).parts
         stage = inside[0] if _STAGE.fullmatch(inside[0]) else None
-        numbers = next((read(data) for fits, read in _READERS if fits(data)), None) if data is not None else None
+        numbers = _numbers_of(path, data) if data is not None else None
         if numbers is None:
             passed.append(f"{path}: no report of drift evaluate")
             continue
@@ -83,10 +115,23 @@ def read_results(method: str, folder: Path) -> tuple[list[Measure], list[str]]:
     return [m for m in found if math.isfinite(m.value)], passed
 
 
+def _numbers_of(path: Path, data: Mapping[str, Any]) -> list[Measure] | None:
+    """None for a report that is not of `drift evaluate`. Raises `DataError` for one of another form."""
+    read = next((read for fits, read in _READERS if fits(data)), None)
+    try:
+        return None if read is None else list(read(data))
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is not as drift evaluate writes it ({type(error).__name__}: {error!s:.120}). Make it again, or "
+            "remove it."
+        ) from None
+
+
 def _of_stage(method: str, stage: Path) -> Iterator[Measure]:
     path = stage / "eval.json"
     data = _read(path) if path.is_file() else None
     if data is not None:
+        check_form(Evaluation, data, str(path), _REMEDY)
         metrics = (data.get("preference") or {}).get("metrics")
         if metrics is None:  # of a run made before intervals were written
             metrics = {
@@ -116,10 +161,7 @@ def _reports(folder: Path) -> Iterator[Path]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}. Make it again, or remove it.") from None
+    data = read_json(path, _REMEDY, most=None)
     return data if isinstance(data, dict) else None
 
 

@@ -109,12 +109,18 @@ def _mixed(tables: Mapping[str, Mapping[str, Any]], k: int) -> dict[str, Any]:
 
 
 def _table_row(row: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    if all(name in row for name in (*OUTCOMES, "total")):
-        return rewards_of_counts(row)
-    categories = row.get("task_categorized_scores")
-    if isinstance(categories, dict):
-        found = macro(categories)
-        return dict(row) | {"task_macro_score": found, "adjusted_task_macro_score": found}
+    try:
+        if all(name in row for name in (*OUTCOMES, "total")):
+            return rewards_of_counts(row)
+        categories = row.get("task_categorized_scores")
+        if isinstance(categories, dict):
+            found = macro(categories)
+            return dict(row) | {"task_macro_score": found, "adjusted_task_macro_score": found}
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is a table whose numbers cannot be used ({type(error).__name__}: {error!s:.80}). Take it from "
+            "upstream again."
+        ) from None
     raise DataError(f"{path} is a table that holds neither counts (win_much, ...) nor task_categorized_scores.")
 
 

@@ -26,6 +26,7 @@ from drift_jax.evaluation.wildbench import CUT_MARK, EMPTY_TEXT
 from drift_jax.evaluation.wildbench_rows import CHOICES, Task
 from drift_jax.judge import JudgePrompt
 from drift_jax.judging import Judged, Question
+from drift_jax.reading import read_text
 
 SCORE_TEMPLATE, PAIRWISE_TEMPLATE = "eval_template.score.v2.md", "eval_template.pairwise.v2.md"
 MAX_WORDS = 1000  # of each text in a prompt
@@ -71,7 +72,7 @@ def _read_template(name: str, checkout: Path | None) -> str:
     if checkout is not None:
         for path in (checkout / "evaluation" / name, checkout / name):
             if path.is_file():
-                return path.read_text(encoding="utf-8")
+                return read_text(path)
         raise DataError(f"{checkout} holds no evaluation/{name}: give a checkout of github.com/allenai/WildBench.")
     from huggingface_hub import hf_hub_download
 

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from drift_jax.errors import DataError
 from drift_jax.evaluation.json_rows import read_json
 from drift_jax.evaluation.wildbench import CUT_MARK, EMPTY_TEXT, REFERENCES, Outcome, PairRow, ScoreRow, groups_of
+from drift_jax.records import ROLES
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def read_score(row: Mapping[str, Any]) -> float:
         raise ValueError("no score")
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError("score that is no number") from None
     if not math.isfinite(score):
         raise ValueError("score that is no number")
@@ -86,7 +87,7 @@ def _length(row: Mapping[str, Any]) -> tuple[int | None, bool]:
     if isinstance(output, str):
         return len(output), output.endswith(CUT_MARK)
     cut, length = bool(row.get("truncated", False)), row.get("out_len")
-    if not isinstance(length, int | float) or isinstance(length, bool) or not math.isfinite(length):
+    if not isinstance(length, int | float) or isinstance(length, bool) or not abs(length) < 2**53:
         return None, cut
     return int(length), cut
 
@@ -197,8 +198,8 @@ def _task(row: Mapping[str, Any]) -> Task:
     conversation = tuple({"role": turn["role"], "content": turn["content"]} for turn in row["conversation_input"])
     if not conversation or conversation[-1]["role"] != "user":
         raise ValueError("conversation_input must end with a user turn")
-    if not all(isinstance(turn["content"], str) for turn in conversation):
-        raise ValueError("the content of a turn must be a string")
+    if not all(isinstance(turn["content"], str) and turn["role"] in ROLES for turn in conversation):
+        raise ValueError(f"the content of a turn must be a string, its role one of {', '.join(ROLES)}")
     return Task(
         session_id=str(row["session_id"]),
         conversation=conversation,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import ModelError
+from drift_jax.reading import read_json
 
 SUPPORTED = ("qwen2", "qwen3")
+_LARGEST = 2**31 - 1  # of a size: as large as an index can be
+_AGAIN = "Take config.json from the model's own repository again."
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,9 @@ PAD_EMBEDDINGS: Mapping[str, Callable[[QwenConfig], QwenConfig]] = {
 def load_hf_config(model_dir: str | Path) -> dict[str, Any]:
     """`config.json` of a model directory. Raises `ModelError` when it is missing or not JSON."""
     path = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"no config.json in {model_dir}: this is not a Hugging Face model directory.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not JSON ({error}). Download it again.") from None
+    if not path.exists() and not path.is_symlink():
+        raise ModelError(f"no config.json in {model_dir}: this is not a Hugging Face model directory.")
+    config = read_json(path, "Download it again.", ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{path} must hold a JSON object, found {type(config).__name__}.")
     return config
@@ -77,27 +76,25 @@ def qwen_config_from_hf(config: Mapping[str, Any], source: str = "config.json") 
             f"{source}: architecture {model_type!r} ({config.get('architectures')}) is not supported; "
             f"supported model_type: {', '.join(SUPPORTED)} (dense Qwen2, Qwen2.5, Qwen3)."
         )
-    try:
-        heads = int(config["num_attention_heads"])
-        embed = int(config["hidden_size"])
-        qwen = QwenConfig(
-            model_type=model_type,
-            vocab_size=int(config["vocab_size"]),
-            embed=embed,
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or embed // heads),
-            mlp=int(config["intermediate_size"]),
-            rope_theta=_rope_theta(config, source),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=model_type == "qwen2",
-            qk_norm=model_type == "qwen3",
-            pad_token_id=config.get("pad_token_id"),
-        )
-    except KeyError as missing:
-        raise ModelError(f"{source}: key {missing} is missing.") from None
+    read = _Keys(config, source)
+    heads = read.size("num_attention_heads")
+    embed = read.size("hidden_size")
+    qwen = QwenConfig(
+        model_type=model_type,
+        vocab_size=read.size("vocab_size"),
+        embed=embed,
+        layers=read.size("num_hidden_layers"),
+        heads=heads,
+        kv_heads=read.size("num_key_value_heads", heads),
+        head_dim=read.size("head_dim", embed // heads),
+        mlp=read.size("intermediate_size"),
+        rope_theta=_rope_theta(read),
+        norm_eps=read.positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        tied=read.switch("tie_word_embeddings"),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        pad_token_id=read.token("pad_token_id"),
+    )
     if qwen.heads % qwen.kv_heads:
         raise ModelError(
             f"{source}: num_attention_heads ({qwen.heads}) must be a multiple of num_key_value_heads ({qwen.kv_heads})."
@@ -106,10 +103,56 @@ def qwen_config_from_hf(config: Mapping[str, Any], source: str = "config.json") 
     return qwen
 
 
-def _rope_theta(config: Mapping[str, Any], source: str) -> float:
+@dataclass(frozen=True)
+class _Keys:
+    """Values of a config.json, held to what they can be. Raises `ModelError` naming key and value."""
+
+    config: Mapping[str, Any]
+    source: str
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 on; `default` where there is none or null, which some configs have for it."""
+        value = self.config.get(key)
+        if value is None and default is not None:
+            value = default
+        if value is None:
+            raise ModelError(f"{self.source}: key {key!r} is missing. {_AGAIN}")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise ModelError(f"{self.source}: {key} must be a whole number from 1 on, found {value!r:.80}. {_AGAIN}")
+        return value
+
+    def positive(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+            raise ModelError(f"{self.source}: {key} must be a number above 0, found {value!r:.80}. {_AGAIN}")
+        return float(value)
+
+    def switch(self, key: str) -> bool:
+        value = self.config.get(key, False)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.source}: {key} must be true or false, found {value!r:.80}. {_AGAIN}")
+        return value
+
+    def token(self, key: str) -> int | None:
+        value = self.config.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < self.size("vocab_size")):
+            raise ModelError(
+                f"{self.source}: {key} must be a token id below vocab_size ({self.config['vocab_size']}) or null, "
+                f"found {value!r:.80}. {_AGAIN}"
+            )
+        return value
+
+    def block(self, key: str) -> Mapping[str, Any]:
+        value = self.config.get(key) or {}
+        if not isinstance(value, dict):
+            raise ModelError(f"{self.source}: {key} must be an object or null, found {value!r:.80}. {_AGAIN}")
+        return value
+
+
+def _rope_theta(read: _Keys) -> float:
+    config, source = read.config, read.source
     # transformers 5 writes rope_parameters; 4 wrote rope_theta beside rope_scaling.
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
+    rope = read.block("rope_parameters")
+    scaling = read.block("rope_scaling")
     for name, block in (("rope_parameters", rope), ("rope_scaling", scaling)):
         kind = block.get("rope_type", block.get("type", "default"))
         if kind != "default":
@@ -120,16 +163,18 @@ def _rope_theta(config: Mapping[str, Any], source: str) -> float:
     theta = rope.get("rope_theta", scaling.get("rope_theta", config.get("rope_theta")))
     if theta is None:
         raise ModelError(f"{source}: neither rope_theta nor rope_parameters.rope_theta is given.")
-    return float(theta)
+    return read.positive("rope_theta", theta)
 
 
 def _refuse_uncomputed(config: Mapping[str, Any], qwen: QwenConfig, source: str) -> None:
     problems = []
     if config.get("use_sliding_window"):
         problems.append(f"use_sliding_window = true (sliding_window = {config.get('sliding_window')})")
-    windowed = [kind for kind in config.get("layer_types") or [] if kind != "full_attention"]
-    if windowed:
-        problems.append(f"layer_types with {sorted(set(windowed))}")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        problems.append(f"layer_types = {kinds!r:.80}")
+    elif windowed := {str(kind) for kind in kinds} - {"full_attention"}:
+        problems.append(f"layer_types with {sorted(windowed)}")
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act = {config['hidden_act']!r}")
     if config.get("quantization_config"):

@@ -6,8 +6,8 @@ closing is what gives them back. `hf_export.py` is the way out.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 
 from drift_jax.distributed import on_each
 from drift_jax.errors import ModelError
@@ -25,7 +26,8 @@ from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_confi
 from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
 from drift_jax.models.rows import PIECE_BYTES, Assembly, count_rows, cut_rows
-from drift_jax.models.safetensors_file import DTYPES
+from drift_jax.models.safetensors_file import DTYPES, check_header
+from drift_jax.reading import check_form, read_json
 from drift_jax.sharding import Layout
 
 # What a model directory holds besides weights and config.json.
@@ -81,6 +83,9 @@ class WeightFiles:
         where: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
+            if not path.exists():
+                raise ModelError(f"{path} is named by the index file but missing. Download it again.")
+            check_header(path)
             try:
                 with safe_open(path, framework="numpy") as tensors:
                     for name in tensors.keys():  # noqa: SIM118  (not a dict)
@@ -90,13 +95,16 @@ class WeightFiles:
                                 f"{path}: tensor {name} is {piece.get_dtype()}; only "
                                 f"{', '.join(DTYPES.values())} can be loaded (no quantised weights)."
                             )
+                        if name in where:
+                            raise ModelError(
+                                f"{path}: tensor {name} is in {where[name].name} too. Remove the file that is not the "
+                                "model's, or download the model again."
+                            )
                         where[name], shapes[name] = path, tuple(piece.get_shape())
             except (SafetensorError, OSError) as error:
                 raise ModelError(
                     f"{path} is not a whole safetensors file ({error}): {path.stat().st_size} bytes on disk. "
                     "Download or copy it again."
-                    if path.exists()
-                    else f"{path} is named by the index file but missing. Download it again."
                 ) from None
         return WeightFiles(where, shapes)
 
@@ -119,21 +127,39 @@ def check_links(model_dir: Path) -> None:
             )
 
 
+class _Index(TypedDict):
+    """model.safetensors.index.json: which file a tensor is in."""
+
+    weight_map: dict[str, str]
+
+
+def check_weights(model_dir: Path) -> None:
+    """Holds the headers of a model's files against its config.json; reads no tensor but a head that is there twice.
+
+    Raises:
+      ModelError: as `load_params`.
+    """
+    config = load_qwen_config(model_dir)
+    expected = jax.tree.leaves(declare_qwen(config)[1], is_leaf=is_declared)
+    _check_tensors(WeightFiles.open(model_dir), expected, config, model_dir)
+
+
 def _weight_file_names(model_dir: Path) -> list[Path]:
     check_links(model_dir)
     index = model_dir / "model.safetensors.index.json"
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is not a safetensors index ({error!r}). Download it again.") from None
+        found = read_json(index, "Download it again.", ModelError)
+        names = check_form(_Index, found, str(index), "Download it again.", ModelError)["weight_map"].values()
+        if not names:
+            raise ModelError(f"{index} names no file. Download it again.")
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name == "..":
+            # Anything else could name a file outside the directory.
+            if name != os.path.basename(name) or not name.endswith(".safetensors"):
                 raise ModelError(
-                    f"{index} names {name!r}: weights are files of this directory, by their name alone. Take the model "
-                    "from another repository."
+                    f"{index} names {name!r:.120}: weights are files of this directory, by their name alone. Take the "
+                    "model from another repository."
                 )
-        return [model_dir / name for name in names]
+        return [model_dir / name for name in sorted(set(names))]
     files = sorted(model_dir.glob("*.safetensors"))
     if files:
         return files

@@ -12,12 +12,80 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
+from drift_jax.errors import ModelError
+from drift_jax.reading import open_file, parse_json, why_not_json
+
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Of the format; a dtype that is not here is refused by name where tensors are loaded.
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
+_LONGEST_HEADER = 100_000_000  # bytes; the library reads no longer one
+_AGAIN = "Download or copy it again."
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def check_header(path: Path) -> None:
+    """Holds a file's header to the format, before anything believes it.
+
+    Raises:
+      ModelError: the header's length is none that the file can have, it is not JSON that says one thing, or tensors lie
+        over each other, leave gaps, or go beyond the end of the file; names file and tensor.
+    """
+    with open_file(path, ModelError) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise ModelError(f"{path} is not a whole safetensors file: {size} bytes on disk. {_AGAIN}")
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            raise ModelError(
+                f"{path} is not a whole safetensors file: its header is to have {length:,} bytes, and {size - 8:,} "
+                f"follow (at most {_LONGEST_HEADER:,} are read). {_AGAIN}"
+            )
+        text = file.read(length)
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        raise ModelError(f"{path}: the header is not JSON: {why_not_json(error)}. {_AGAIN}") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: the header must be a JSON object. {_AGAIN}")
+    spans = sorted(_span(path, name, entry) for name, entry in header.items() if name != "__metadata__")
+    end, before = 0, "the header"
+    for first, last, name in spans:
+        if first != end:
+            what = "lies over" if first < end else "leaves a gap after"
+            raise ModelError(f"{path}: tensor {name:.80} (bytes {first} to {last}) {what} {before:.80}. {_AGAIN}")
+        end, before = last, name
+    if end != size - 8 - length:
+        raise ModelError(
+            f"{path} is not a whole safetensors file: its tensors have {end:,} bytes, and {size - 8 - length:,} follow "
+            f"the header. {_AGAIN}"
+        )
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
+    """The bytes of a tensor, from the end of the header on."""
+    form = entry if isinstance(entry, dict) else {}
+    dtype, shape, span = (form.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
+        raise ModelError(
+            f"{path}: tensor {name:.80} must have a dtype, a shape and two data_offsets, found {entry!r:.120}. {_AGAIN}"
+        )
+    first, last = span
+    bits = _BITS.get(dtype)
+    if last < first or (bits is not None and 8 * (last - first) != math.prod(shape) * bits):
+        raise ModelError(
+            f"{path}: tensor {name:.80} of dtype {dtype:.20} and shape {shape!r:.80} cannot lie in bytes {first} to "
+            f"{last}. {_AGAIN}"
+        )
+    return first, last, name
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**63 for one in value)
 
 
 @final

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from drift_jax.errors import DataError, DriftError
 from drift_jax.evaluation.report import Report, to_markdown
@@ -19,6 +19,7 @@ from drift_jax.models.hf import resolve_model
 from drift_jax.records import read_dsat, read_pairs
 from drift_jax.report.numbers import drops_section, measures_of, stages_section, versions_section
 from drift_jax.report.runs import Run, Stage
+from drift_jax.yaml_files import parse_yaml
 
 CARD_FILE = "README.md"
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
@@ -46,7 +47,13 @@ def write_card(run: Run, out: Path | None = None, licence: str | None = None) ->
     if not exported:
         raise DataError(f"{run.folder} has no exported policy (hf/) yet: finish the run with drift run.")
     path = out or exported[-1].folder / "hf" / CARD_FILE
-    text = render_card(run, exported[-1], licence)
+    try:
+        text = render_card(run, exported[-1], licence)
+    except UndefinedError as error:
+        raise DataError(
+            f"{run.folder / 'config.yaml'} lacks what the card says: {error}. Restore the config that the run was made "
+            "with."
+        ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as file:
         file.write(text)
@@ -122,7 +129,7 @@ def _licence_of(base: str, revision: str | None) -> str | None:
     if readme.is_file():
         match = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
         try:
-            said = yaml.safe_load(match[1]) if match else None
+            said = parse_yaml(match[1]) if match else None
         except yaml.YAMLError:
             said = None
         if isinstance(said, Mapping) and isinstance(said.get("license"), str):

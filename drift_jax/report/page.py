@@ -134,7 +134,7 @@ def _coverage_maps(run: Run) -> list[tuple[str, str]]:
     found = []
     for report in sorted(path for depth in ("*", "*/*") for path in run.folder.glob(f"{depth}/report.json")):
         picture = report.with_name("coverage.png")
-        is_one = read_json_file(report, {}).get("benchmark") == "coverage"
+        is_one = read_json_file(report, {}, dict[str, Any]).get("benchmark") == "coverage"
         if is_one and picture.is_file() and picture.stat().st_size <= _MOST_IMAGE_BYTES:
             data = base64.b64encode(picture.read_bytes()).decode()
             found.append((f"{run.name}/{report.parent.relative_to(run.folder)}", f"data:image/png;base64,{data}"))

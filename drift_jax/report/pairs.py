@@ -17,6 +17,7 @@ from drift_jax.errors import DriftError
 from drift_jax.journal import read_rows
 from drift_jax.methods import DEFAULT, UNGUIDED, load_method, method_names
 from drift_jax.records import DsatRecord, Message, Rows, read_dsat, read_pairs, read_sat
+from drift_jax.report import forms
 from drift_jax.report.runs import Run, Stage, read_json_file
 
 _MOST_CHARACTERS = 20_000  # of one text
@@ -78,7 +79,7 @@ def _stage_entries(run: Run, stage: Stage) -> dict[str, tuple[list[list[str]], d
             entry = _entry(split, stage.margins.get(pair.id))
             entry |= {"chosen": _cut(pair.chosen), "rejected": _cut(pair.rejected)}
             found[pair.id] = (_messages(pair.prompt), entry)
-    drops = read_json_file(stage.folder / "drops.json", {})
+    drops = read_json_file(stage.folder / "drops.json", {}, forms.Drops)
     if drops:
         texts = {(row["id"], row["sample"]): row["text"] for row in _completions(stage.folder)}
         for row in drops.get("rows", []):
@@ -119,7 +120,7 @@ def _pairs_file(run: Run, stage: Stage, split: str) -> Path | None:
 
 def _completions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "completions.jsonl"
-    return read_rows(path, torn=True) if path.is_file() else []
+    return read_rows(path, torn=True, form=forms.Completion) if path.is_file() else []
 
 
 def _logged(run: Run) -> tuple[Mapping[str, str], Mapping[str, list[list[str]]], list[str]]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from drift_jax.data.token_cache import Lengths, read_lengths
 from drift_jax.errors import ConfigError, DataError
-from drift_jax.evaluation.results import iteration_of
+from drift_jax.evaluation.results import Evaluation, iteration_of
 from drift_jax.journal import read_rows
 from drift_jax.manifest import MANIFEST_FILE, Manifest
+from drift_jax.reading import check_form, read_json, read_text
+from drift_jax.report import forms
 from drift_jax.telemetry import METRICS_FILE, read_metrics
+from drift_jax.yaml_files import read_yaml
 
 _PARTS = ("sample", "pair", "train", "export")
+_STAGE = re.compile(r"seed|iter_\d{1,6}")
 _THEORY_PAIRS = "theory_pairs.jsonl"
 
 
@@ -106,14 +108,18 @@ def load_run(folder: Path, name: str | None = None) -> Run:
             f"{folder} is no run: it has no config.yaml and {MANIFEST_FILE}. Name a directory of drift run."
         )
     manifest = Manifest(folder)
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError(f"cannot read {folder / 'config.yaml'}: {error}.") from None
+        text = read_text(path)
+        config = read_yaml(path)
+    except ConfigError as error:
+        raise DataError(f"{error} It is the config that the run was made with: restore it.") from None
+    check_form(forms.Config, config, str(path), "Restore the config that the run was made with.")
     entered = {entry.partition("/")[0] for entry in manifest.stages() if "/" in entry}
+    if strange := sorted(name for name in entered if not _STAGE.fullmatch(name)):
+        raise DataError(f"{manifest.path} names the stage {strange[0]!r:.80}, which no run has. Restore the file.")
     stages = [_load_stage(folder, stage, manifest) for stage in sorted(entered, key=iteration_of)]
-    showcase = read_json_file(folder / "showcase.json", [])
+    showcase = read_json_file(folder / "showcase.json", [], list[forms.Answer])
     return Run(name or folder.absolute().name, folder, config, text, stages, manifest, showcase)
 
 
@@ -124,7 +130,7 @@ def _load_stage(run: Path, name: str, manifest: Manifest) -> Stage:
         folder=folder,
         parts={part: entries[f"{name}/{part}"] for part in _PARTS if f"{name}/{part}" in entries},
         metrics=read_metrics(folder) if (folder / METRICS_FILE).is_file() else [],
-        evaluation=read_json_file(folder / "eval.json", {}),
+        evaluation=read_json_file(folder / "eval.json", {}, Evaluation),
         margins=_margins(run, folder),
         lengths={key: found for path in sorted(folder.glob("tokens/*.npz")) for key, found in read_lengths(path)},
     )
@@ -133,17 +139,15 @@ def _load_stage(run: Path, name: str, manifest: Manifest) -> Stage:
 def _margins(run: Path, folder: Path) -> dict[str, float]:
     """Those of the held-out pairs, of the probe of the theory, and of what `drift evaluate preference` has left."""
     files = [folder / _THEORY_PAIRS, *sorted(run.glob(f"*/scores.{folder.name}.jsonl")), folder / "scores.test.jsonl"]
-    return {row["id"]: row["margin"] for path in files if path.is_file() for row in read_rows(path)}
+    return {row["id"]: row["margin"] for path in files if path.is_file() for row in read_rows(path, form=forms.Score)}
 
 
-def read_json_file(path: Path, default: Any) -> Any:
-    """`default` where there is no such file. Raises `DataError` where it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def read_json_file(path: Path, default: Any, form: Any) -> Any:
+    """`default` where there is no such file. Raises `DataError` where it is no JSON or not of the type `form`."""
+    if not path.exists() and not path.is_symlink():
         return default
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}. Make it again, or remove it.") from None
+    remedy = "Make it again, or remove it."
+    return check_form(form, read_json(path, remedy, most=None), str(path), remedy)
 
 
 def newest_change(folder: Path) -> int:

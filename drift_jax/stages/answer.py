@@ -15,14 +15,14 @@ from drift_jax.config import RunConfig
 from drift_jax.data.tokenizer import ChatTokenizer
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import DataError
-from drift_jax.journal import read_rows
 from drift_jax.manifest import Manifest
+from drift_jax.models.architecture import load_hf_config
 from drift_jax.records import Message
 from drift_jax.sampling.base import Completion, SampleRequest, SamplingParams
 from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.identity import sampling_job
 from drift_jax.stages.inputs import open_tokenizer
-from drift_jax.stages.journal import open_journals
+from drift_jax.stages.journal import open_journals, read_completions
 from drift_jax.stages.sample import completion_row, draw, merge, refuse_foreign
 
 
@@ -77,7 +77,7 @@ def answer_stage(
         with engine.open(missing, out_dir, console) as sampler:
             draw(sampler, missing, params, keep, what, console)
         merge(journals, list(dialogues), 1, out_dir)
-    rows = on_main(lambda: read_rows(out_dir / "completions.jsonl"))
+    rows = on_main(lambda: read_completions(out_dir / "completions.jsonl"))
     return Answers({row["id"]: Answer(row["text"], row["finish_reason"]) for row in rows}, cut)
 
 
@@ -106,8 +106,5 @@ def _requests(
 
 def longest_context(model_dir: Path) -> int | None:
     """Tokens that a model was made for; None where its config.json does not say."""
-    try:
-        found = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    except (OSError, ValueError):
-        return None
+    found = load_hf_config(model_dir).get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 
 from drift_jax import stopping
 from drift_jax.config import RunConfig
-from drift_jax.errors import EndpointError, StageError
+from drift_jax.errors import DataError, EndpointError, StageError
 from drift_jax.journal import Journal
 from drift_jax.judge import Judge, JudgePrompt, load_prompt
 from drift_jax.judging import late_answers
@@ -34,6 +35,18 @@ from drift_jax.stopping import Stopped
 VERDICTS_FILE = "verdicts.jsonl"
 _PROMPT = "choose_v1"
 _GIVE_UP = 16  # failures in a row, from the first question on, that say enough
+
+
+class _Verdict(TypedDict):
+    """A row of verdicts.jsonl."""
+
+    key: str
+    model: str
+    prompt: str
+    prompt_hash: str
+    order: list[int]
+    best: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ def _by_judge(candidates: Sequence[Candidates], config: RunConfig, out_dir: Path
     """
     prompt = load_prompt(_PROMPT)
     choices = [Choice(0, {"only": True}) for _ in candidates]
-    with Journal(out_dir / VERDICTS_FILE) as journal, Judge(config.judge) as judge:
+    with Journal(out_dir / VERDICTS_FILE, _Verdict) as journal, Judge(config.judge) as judge:
         known = {row["key"]: row for row in journal.rows}
         asked = {i: _question(one, config, prompt) for i, one in enumerate(candidates) if len(one.rows) > 1}
         missing = {i: question for i, question in asked.items() if question.key not in known}
@@ -206,5 +219,10 @@ def _ask(judge: Judge, question: _Question) -> dict[str, Any]:
 
 def _choice(verdict: dict[str, Any], one: Candidates) -> Choice:
     samples = [row["sample"] for row in one.rows]
+    if verdict["best"] not in samples:
+        raise DataError(
+            f"{VERDICTS_FILE}: the verdict on record {one.record.id} names sample {verdict['best']}, which is none of "
+            f"its candidates {samples}. Remove that line, and the judge is asked again."
+        )
     evidence = {key: verdict[key] for key in ("model", "prompt", "prompt_hash", "order", "reason")}
     return Choice(samples.index(verdict["best"]), evidence)

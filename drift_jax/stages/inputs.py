@@ -100,13 +100,20 @@ def open_policy(model_dir: Path, layout: Layout, compute_dtype: str, param_dtype
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Keeps other runs out of the directory; process 0 holds the lock for all of its run.
 
+    A directory that is made for it goes again when the block raises and has left nothing there.
+
     Raises:
       StageError: another process has it.
     """
-    lock = RunLock(run_dir)
+    lock, is_new = RunLock(run_dir), not run_dir.exists()
     on_main(lambda: lock.acquire())
     try:
         yield
+    except BaseException:
+        if is_main() and is_new and [path.name for path in run_dir.iterdir()] == [lock.path.name]:
+            lock.path.unlink()
+            run_dir.rmdir()
+        raise
     finally:
         if is_main():
             lock.release()

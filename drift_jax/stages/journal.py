@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # pydantic needs these on Python 3.11
+    final,
+)
 
 import jax
+from typing_extensions import TypedDict
 
 from drift_jax.files import remove_leftovers
 from drift_jax.journal import Journal, read_rows
@@ -21,8 +27,8 @@ class Journals:
 
     def __init__(self, own: Journal | None, left: Iterable[Path], merged: Path | None = None) -> None:
         self._own, self._left = own, tuple(left)
-        rows = read_rows(merged) if merged is not None and merged.exists() else []
-        rows += [row for path in self._left for row in read_rows(path, torn=True)] + (own.rows if own else [])
+        rows = read_completions(merged) if merged is not None and merged.exists() else []
+        rows += [row for path in self._left for row in read_completions(path, torn=True)] + (own.rows if own else [])
         self.rows = {(row["id"], row["sample"]): row for row in rows}
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -61,5 +67,30 @@ def open_journals(out_dir: Path, writers: int) -> Journals:
         return Journals(None, ())
     number = {path: path.name.split(".")[2] for path in sorted(out_dir.glob(f"{_NAME}.*.jsonl"))}
     left = [path for path, text in number.items() if text.isdigit() and int(text) >= writers]
-    own = Journal(out_dir / (f"{_NAME}.{index}.jsonl" if index else f"{_NAME}.jsonl"))
-    return Journals(own, left, out_dir / "completions.jsonl") if index == 0 else Journals(own, ())
+    merged = out_dir / "completions.jsonl" if index == 0 else None
+    if merged is not None and merged.exists():
+        read_completions(merged)  # before a journal of ours lies there
+    own = Journal(out_dir / (f"{_NAME}.{index}.jsonl" if index else f"{_NAME}.jsonl"), _Completion)
+    try:
+        return Journals(own, left, merged) if index == 0 else Journals(own, ())
+    except BaseException:
+        own.close()
+        raise
+
+
+class _Completion(TypedDict):
+    """A row of completions.jsonl and of its journals."""
+
+    id: str
+    sample: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    request: NotRequired[str]
+    mean_logp: NotRequired[float]
+    control_token: NotRequired[str]
+
+
+def read_completions(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """Rows as `sample.completion_row` makes them. Arguments and errors as in `journal.read_rows`."""
+    return read_rows(path, torn, _Completion)

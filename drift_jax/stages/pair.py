@@ -15,12 +15,12 @@ from drift_jax.data.chosen import Candidate, alike, check_rules, refusal
 from drift_jax.endpoint import read_api_key
 from drift_jax.errors import DataError
 from drift_jax.files import write_json, write_jsonl
-from drift_jax.journal import read_rows
 from drift_jax.methods import Record, logged_reply
 from drift_jax.records import Pair, pair_to_row
 from drift_jax.stages.choose import CHOOSERS, Candidates, Choice
 from drift_jax.stages.draws import method_of, prompt_of, samples_each, style_of
 from drift_jax.stages.inputs import LoggedSplit, Summary, load_split
+from drift_jax.stages.journal import read_completions
 from drift_jax.stages.rank import NO_VERDICT, Ranking, build_ranker
 
 DRAWN_AGAIN = "cut by length, drawn again"
@@ -132,7 +132,7 @@ class _Drops:
 def _sort_out(config: RunConfig, split: LoggedSplit, out_dir: Path) -> tuple[list[_Found], _Drops]:
     """The records that have usable completions of all prompts, and what was dropped."""
     by_record: dict[str, list[dict[str, Any]]] = {}
-    for row in read_rows(out_dir / "completions.jsonl"):
+    for row in read_completions(out_dir / "completions.jsonl"):
         by_record.setdefault(row["id"], []).append(row)
     drops, found = _Drops(split.skipped), []
     for name, record in split.rows():

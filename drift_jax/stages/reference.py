@@ -15,11 +15,14 @@ from jaxtyping import Float, Int
 from drift_jax import stopping
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.distributed import on_main, send, send_bytes
+from drift_jax.errors import StageError
 from drift_jax.files import atomic_writer
 from drift_jax.journal import Journal
+from drift_jax.reading import read_arrays
 from drift_jax.stopping import Stopped
 from drift_jax.train import KnownScores, PairScores
 
+_REMEDY = "Remove it, and it is computed again."
 _WRITE_S = 1.0  # between two writes of the journal: each waits for the disk
 
 
@@ -111,10 +114,18 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     """Stored log-probs, when they are of exactly these tokens in this order."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
-            return None
-        return RefLogps(stored["ref_logps"], stored["ref_last_logps"])
+    stored = read_arrays(path, _REMEDY, StageError)
+    if missing := sorted({"tokens", "ref_logps", "ref_last_logps"} - stored.keys()):
+        raise StageError(f"{path} has no array {missing[0]}. {_REMEDY}")
+    if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
+        return None
+    for name in ("ref_logps", "ref_last_logps"):
+        if stored[name].shape != (len(pairs), 2) or stored[name].dtype.kind != "f":
+            raise StageError(
+                f"{path}: {name} is {stored[name].dtype} {stored[name].shape}, not numbers for {len(pairs)} pairs. "
+                f"{_REMEDY}"
+            )
+    return RefLogps(stored["ref_logps"], stored["ref_last_logps"])
 
 
 def share_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:

@@ -15,6 +15,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Float, Int
 from rich.console import Console
+from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 
 from drift_jax.config import RunConfig
 from drift_jax.data.batches import PairLoader, batch_split
@@ -30,6 +31,18 @@ from drift_jax.train import Trainer
 PAIRS_FILE = "theory_pairs.jsonl"
 _REFERENCE_FILE = "theory_ref_logps.npz"
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class _Row(TypedDict):
+    """Of theory_pairs.jsonl, as far as it is read."""
+
+    id: str
+    margin: float
+    beta: float
+    ref_logps: list[float]
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
 
 
 def draw_probe(count: int, wanted: int, seed: int) -> Int[np.ndarray, " M"]:
@@ -126,7 +139,7 @@ class Probe:
     def _retention(self, params: Any, directory: Path) -> dict[str, float]:
         """What is left of the margins of an earlier stage, against the reference that it had."""
         path = directory / PAIRS_FILE
-        rows = on_main(lambda: read_rows(path) if path.exists() else [])
+        rows = on_main(lambda: read_rows(path, form=_Row) if path.exists() else [])
         if not rows:
             return {}
         pairs = [_from_row(row) for row in rows]

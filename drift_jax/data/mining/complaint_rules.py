@@ -36,6 +36,7 @@ from drift_jax.yaml_files import read_yaml
 
 _OPENING = 300  # characters that are looked at: people complain first, and long turns hold much else
 _READ = 8 * _OPENING  # characters of a turn, before code and blanks are taken out
+_LONGEST_PATTERN = 50_000  # characters; parts of parts may grow without end
 _MATCHED = 120  # characters of a match that evidence keeps
 _PART = re.compile(r"<([A-Z_]+)>")
 _FENCE = re2.compile(r"(?s)```.*?(?:```|$)")
@@ -157,7 +158,13 @@ def _spell_out(where: str, lines: str, parts: Mapping[str, str], around: tuple[s
             raise ConfigError(f"{where}: part {name} holds itself.")
         return f"(?:{_spell_out(where, parts[name], parts, (*around, name))})"
 
-    return _PART.sub(part, "|".join(line.strip() for line in lines.splitlines() if line.strip()))
+    pattern = _PART.sub(part, "|".join(line.strip() for line in lines.splitlines() if line.strip()))
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ConfigError(
+            f"{where}: the pattern has more than {_LONGEST_PATTERN:,} characters once its parts are written out. Split "
+            "the rule."
+        )
+    return pattern
 
 
 def _contradictions(rules: RuleSet) -> Iterator[str]:

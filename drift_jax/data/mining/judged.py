@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
+
 from drift_jax.data.mining.complaint_rules import RuleSet
 from drift_jax.data.mining.detector_config import DetectorConfig
 from drift_jax.data.mining.dialogue import Complaint, Conversation
@@ -49,6 +51,25 @@ class _Question:
     key: str  # what its answer depends on
     turns: tuple[int, ...]  # places in the conversation that are judged
     text: str
+
+
+class _Verdict(TypedDict):
+    turn: int
+    reason: str
+    criteria: list[str]
+    strength: int
+
+
+class _Answer(TypedDict):
+    """A row of the journal, as far as it is read."""
+
+    key: str
+    verdicts: list[_Verdict]
+    undecided: list[int]
+    calls: int
+    malformed: int
+    tokens_in: int
+    tokens_out: int
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ class JudgeDetector:
         self._judge = Judge(config.judge, retry, self._pace.pause, self._pace.wait)
         journal.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._journal = Journal(journal)
+            self._journal = Journal(journal, _Answer)
         except BaseException:
             self._judge.close()
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from typing import Any, Literal, final
 from drift_jax.data.mining import text_rows
 from drift_jax.data.mining.text_rows import BadRow, Numbered
 from drift_jax.data.tables import check_table
-from drift_jax.errors import BadRowsError, DataError
+from drift_jax.errors import BadRowsError, DataError, DriftError
+from drift_jax.reading import open_file
 from drift_jax.records import LFS_HEADER
 
 OnBadRow = Literal["stop", "skip"]
@@ -89,7 +91,7 @@ def find_sources(
         path = Path(text)
         if path.is_dir():
             sources += _sources_of_directory(path, group, split)
-        elif path.exists():
+        elif path.exists() or path.is_symlink():
             sources.append(_file_source(path, path.name, group))
         elif _may_be_hub_id(text):
             sources.append(Source(text, text, "hub", group, None, subset, split, revision))
@@ -129,7 +131,8 @@ def _readable(path: Path) -> bool:
 def _file_source(path: Path, name: str, group: int) -> Source:
     if not _readable(path):
         raise DataError(f"{path}: files of these kinds can be read: {', '.join(_SUFFIXES)}, and those with .gz.")
-    return Source(name, str(path), "file", group, path.stat().st_size)
+    with open_file(path) as file:  # a pipe or a device has no end, and no hash
+        return Source(name, str(path), "file", group, os.fstat(file.fileno()).st_size)
 
 
 def _with_own_name(source: Source, names: Sequence[str]) -> Source:
@@ -225,8 +228,12 @@ class SourceReader:
                         number += 1
                         yield number, row
                     self._advance(size * batch.num_rows // total)
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not a Parquet file that can be read: {error}.") from None
+        # Of a damaged file also: text that is no UTF-8, and dates that Python has none for.
+        except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+            why = " ".join(str(error).split())
+            raise DataError(
+                f"{path} is not a Parquet file that can be read: {why:.300}. Download it again: it is cut off."
+            ) from None
 
 
 @final
@@ -260,7 +267,11 @@ def _dataset_rows(source: Source, advance: Advance) -> Iterator[Numbered]:
         for number, row in enumerate(table, start=1):
             yield number, row
             advance(1)
-    except (DatasetsError, ValueError, OSError) as error:
+    except DriftError:
+        raise
+    except Exception as error:  # for a damaged directory the library raises whatever its parsers do
+        if not isinstance(error, DatasetsError | ValueError | OSError | KeyError | TypeError | AttributeError):
+            raise
         raise DataError(
             f"cannot read the dataset {source.location} (config {source.subset or 'default'}, split {source.split}): "
             f"{error}\nCheck name, config, split and network (`hf auth login` for gated data), or download it and name "

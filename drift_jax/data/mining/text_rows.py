@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, final
 
 import orjson
 
-from drift_jax.records import Row
+from drift_jax.records import LONGEST_ROW, Row
 
-LONGEST_ROW = 64 << 20  # bytes; a row that is longer is no row of a chat log
 BUFFER = 1 << 20
 _CUT_OFF = "the file ends within this row: it was cut off, as by an interrupted download"
 
@@ -129,14 +128,15 @@ class _Pending:
             try:
                 _, end = scanner.raw_decode(self._text, self._at)
                 if end < len(self._text) or not self._more(step):  # digits may go on behind the buffer
-                    element, self._at = self._text[self._at : end], end
-                    return orjson.loads(element.encode("utf-8"))
+                    break
             except json.JSONDecodeError as error:
                 if len(self._text) - self._at > LONGEST_ROW:
                     raise ValueError(f"{error.msg}, or an element longer than {LONGEST_ROW >> 20} MiB") from None
                 if not self._more(step):
                     raise ValueError(f"{error.msg}; {_CUT_OFF}" if self._at_end(error) else error.msg) from None
             step *= 2
+        element, self._at = self._text[self._at : end], end
+        return orjson.loads(element.encode("utf-8", "surrogatepass"))
 
     def _at_end(self, error: json.JSONDecodeError) -> bool:
         return error.pos >= len(self._text) - 1 or error.msg.startswith("Unterminated")

@@ -102,7 +102,8 @@ class LabelledConversations:
         place = row.get("UtteranceId")
         if type(place) is not int or place < 0:
             place = _integer(place)
-        role = _ROLES.get(row.get("Role"))  # pyright: ignore[reportArgumentType]
+        name = row.get("Role")
+        role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise ValueError(f"Role must be User or Agent, found {row.get('Role')!r:.80}")
         content = row.get("Content")
