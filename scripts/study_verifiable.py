@@ -37,8 +37,8 @@ CONFIGS = REPO / "configs" / "study"
 METHODS = ("drift", "drift-unguided", "spin", "iterdpo")
 BASE = "base"
 HELD_OUT, VALIDATION = 32, 24  # of the questions, the first ones; the others are trained on
-RATES = (1e-5, 3e-5)  # learning rates that are tried for each method
-TUNE_ITERATIONS, TUNE_SEED = 1, 100
+RATES = (3e-6, 1e-5)  # learning rates that are tried for each method
+TUNE_SEED = 100
 TUNED_FOR = "satisfied"
 
 
@@ -50,7 +50,7 @@ class Task:
     method: str  # of configs/study, or `base`
     seed: int
     overrides: tuple[str, ...] = ()
-    validation: bool = False  # measured on the questions for tuning
+    validation: bool = False  # its last policy alone is measured, on the questions for tuning
 
 
 def main() -> int:
@@ -75,9 +75,8 @@ def comparison(methods: Sequence[str], seeds: Sequence[int]) -> list[Task]:
 
 def tuning(methods: Sequence[str]) -> list[Task]:
     """The same rates for each method, one seed, other questions than those of the comparison."""
-    short = f"recipe.iterations={TUNE_ITERATIONS}"
     return [
-        Task(f"tune-{method}-{rate:.0e}", method, TUNE_SEED, (f"train.learning_rate={rate!r}", short), validation=True)
+        Task(f"tune-{method}-{rate:.0e}", method, TUNE_SEED, (f"train.learning_rate={rate!r}",), validation=True)
         for method in methods
         for rate in RATES
     ]
@@ -143,7 +142,7 @@ def work(task: Task, args: argparse.Namespace) -> None:
     else:
         run(config, console)
         stages = [folder / f"iter_{k}" for k in range(1, config.recipe.iterations + 1)]
-        for stage in stages:
+        for stage in stages[-1:] if task.validation else stages:
             measure(config, stage / "hf", model, asked, task.seed, stage / "held_out", console)
         for stage in () if args.keep_weights else stages:
             shutil.rmtree(stage / "hf")
@@ -182,7 +181,7 @@ def best_rates(args: argparse.Namespace) -> dict[str, Any]:
 
     found: dict[str, dict[str, float]] = {method: {} for method in args.methods}
     for task, (method, rate) in zip(tuning(args.methods), [(m, r) for m in args.methods for r in RATES], strict=True):
-        path = args.out / task.name / f"iter_{TUNE_ITERATIONS}" / "held_out" / "measured.json"
+        (path,) = (args.out / task.name).glob("iter_*/held_out/measured.json")
         values = json.loads(path.read_text(encoding="utf-8"))["per_prompt"][TUNED_FOR]
         found[method][f"{rate:.0e}"] = round(sum(values) / len(values), 4)
     best = {method: max(rates, key=lambda rate: (rates[rate], -float(rate))) for method, rates in found.items()}

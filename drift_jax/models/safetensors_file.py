@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     return first, last, name
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**63 for one in value)
 
 
