@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import (
     Any,
@@ -220,9 +220,8 @@ def _coverage(data: Mapping[str, Any]) -> Iterator[Measure]:
             yield number._replace(method=method.removesuffix(f"-{stage}") if stage else method, stage=stage)
 
 
-def _scaled(
-    value: float | None, factor: float, ends: Sequence[float] | None, metric: str, model: str | None
-) -> Iterator[Measure]:
+def _scaled(value: Any, factor: float, ends: Any, metric: str, model: str | None) -> Iterator[Measure]:
+    """`value` and `ends` are what stands in a file: numbers, or whatever `float` refuses."""
     if value is not None:
         low, high = (None, None) if ends is None else (float(ends[0]), float(ends[1]))
         yield Measure("", model, metric, factor * float(value), low, high, "")

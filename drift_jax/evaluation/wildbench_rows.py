@@ -200,10 +200,13 @@ def _task(row: Mapping[str, Any]) -> Task:
         raise ValueError("conversation_input must end with a user turn")
     if not all(isinstance(turn["content"], str) and turn["role"] in ROLES for turn in conversation):
         raise ValueError(f"the content of a turn must be a string, its role one of {', '.join(ROLES)}")
+    tags = row["primary_tag"], row["secondary_tags"]
+    if not isinstance(tags[1], list) or not all(isinstance(tag, str) for tag in (tags[0], *tags[1])):
+        raise ValueError("primary_tag must be a string, secondary_tags a list of strings")
     return Task(
         session_id=str(row["session_id"]),
         conversation=conversation,
         checklist=tuple(map(str, row["checklist"])),
-        groups=groups_of(row["primary_tag"], row["secondary_tags"]),
+        groups=groups_of(*tags),
         extra={key: value for key, value in row.items() if key not in _KEYS},
     )

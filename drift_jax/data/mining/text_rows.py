@@ -10,14 +10,16 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, final
 
 import orjson
 
+from drift_jax.reading import parse_json
 from drift_jax.records import LONGEST_ROW, Row
 
 BUFFER = 1 << 20
+_LONG = BUFFER // 2  # bytes of a row; orjson sets twelve times as many aside before it looks at them
 _CUT_OFF = "the file ends within this row: it was cut off, as by an interrupted download"
 
 
@@ -48,10 +50,10 @@ class Unpacked(io.RawIOBase):
 
 def jsonl_rows(file: io.BufferedReader) -> Iterator[Numbered]:
     """Rows are numbered by line; blank lines are passed over."""
-    loads = orjson.loads
     number = 0
     while line := file.readline(LONGEST_ROW):
         number += 1
+        loads: Callable[[bytes], Any] = orjson.loads if len(line) < _LONG else parse_json
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         try:
@@ -136,7 +138,8 @@ class _Pending:
                     raise ValueError(f"{error.msg}; {_CUT_OFF}" if self._at_end(error) else error.msg) from None
             step *= 2
         element, self._at = self._text[self._at : end], end
-        return orjson.loads(element.encode("utf-8", "surrogatepass"))
+        loads: Callable[[bytes], Any] = orjson.loads if len(element) < _LONG else parse_json
+        return loads(element.encode("utf-8", "surrogatepass"))
 
     def _at_end(self, error: json.JSONDecodeError) -> bool:
         return error.pos >= len(self._text) - 1 or error.msg.startswith("Unterminated")
