@@ -73,4 +73,4 @@ def test_a_second_sampler_compiles_nothing_and_takes_its_own_weights(model_dir: 
     assert [c.token_ids for c in found] != [c.token_ids for c in before]
     compiled._LAST.clear()
     fresh = LocalSampler(dataclasses.replace(policy, params=moved), 4).sample(requests, GREEDY)
-    assert [(c.token_ids, c.logps) for c in fresh] == [(c.token_ids, c.logps) for c in found]
+    assert [(c.token_ids, c.token_logps) for c in fresh] == [(c.token_ids, c.token_logps) for c in found]
