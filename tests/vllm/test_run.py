@@ -18,6 +18,7 @@ from conftest import PYTHON
 
 from drift_jax.manifest import Manifest
 from drift_jax.sampling import supervise
+from drift_jax.stopping import STOPPED
 from tests.conftest import REPO
 from tests.tiny_pairs import write_dsat
 
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_everything(config: Path, start: Callable[..., Run]) -> None
     run = start("interrupted")
     run.wait_for(lambda: run.find(b"vllm.entrypoints") is not None, 120)
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(60) == 130
+    assert run.process.wait(60) == STOPPED
     run.wait_until_gone(5)
     assert not journal_of(config) and "iter_1/pair" not in run.output.read_text()
 
