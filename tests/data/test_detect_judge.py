@@ -439,7 +439,7 @@ def test_a_server_that_answers_nothing_ends_the_run(tmp_path: Path, count: int) 
         ):
             find(detector, logs(count))
         assert len(server.seen) <= 2 * (16 + 4 * 2 + 3)
-    assert read_rows(tmp_path / "j") == []
+    assert not (tmp_path / "j").exists()  # it had no row
 
 
 def test_configs_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
