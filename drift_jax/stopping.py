@@ -16,13 +16,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that was asked to stop
 _SAME_S = 0.5  # signals that follow so soon are one: a launcher and a terminal may both send it
 _TOGETHER_S = 10  # how long processes wait for each other before they end
+_LOOK_S = 0.25  # between two looks at what the other processes have said
 _KEY, _CALLS = "drift_jax/stop", "drift_jax/stop_calls"
 
 
@@ -42,6 +43,8 @@ class _Note:
         self.calls = 0  # of `reached`
         self.stop_at: int | None = None
         self.lock = threading.Lock()
+        self.over = threading.Event()  # the end of this process: nothing is asked of the service from there on
+        self.threads: list[threading.Thread] = []
 
 
 _note = _Note()
@@ -61,6 +64,10 @@ def heed_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _note.over.set()
+        # Python ends a thread inside the service's client by an exception, which C++ takes for a reason to abort.
+        for thread in _note.threads:
+            thread.join(_TOGETHER_S)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -73,9 +80,14 @@ def join_processes() -> None:
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     _note.several = distributed.global_state.client
-    threading.Thread(target=_listen, args=(_note, jax.process_index(), jax.process_count()), daemon=True).start()
+    _start(_listen, _note, jax.process_index(), jax.process_count())
     if _note.asked:  # before there was anybody to tell
-        threading.Thread(target=_announce, args=(_note,), daemon=True).start()
+        _start(_announce, _note)
+
+
+def _start(target: Callable[..., None], note: _Note, *args: int) -> None:
+    note.threads.append(threading.Thread(target=target, args=(note, *args), daemon=True))
+    note.threads[-1].start()
 
 
 @contextlib.contextmanager
@@ -152,7 +164,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _note.asked is None:
         _note.asked = signal.Signals(number).name
         if _note.several is not None:
-            threading.Thread(target=_announce, args=(_note,), daemon=True).start()
+            _start(_announce, _note)
         # Not by print: the signal may have come in the middle of one.
         with contextlib.suppress(OSError):  # a terminal that was closed
             os.write(2, f"{_note.asked}: ending once what is done is kept. Ctrl-C again ends at once.\n".encode())
@@ -180,12 +192,14 @@ def _listen(note: _Note, index: int, count: int) -> None:
     JAX's own protocol (`reached_preemption_sync_point`) hears SIGTERM alone, and Orbax tells it of the updates that
     were saved, from a thread of its own: in between a process would be believed to be further back than it is.
     """
-    while True:
+    why = None
+    while why is None:
+        if note.over.wait(_LOOK_S):
+            return
         try:
-            why = note.several.blocking_key_value_get(_KEY, 60_000)
-            break
+            why = note.several.key_value_try_get(_KEY)
         except Exception as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
+            if "NOT_FOUND" not in str(error):
                 return  # the run ends
     with note.lock, contextlib.suppress(Exception):
         note.several.key_value_set(f"{_CALLS}/{index}", str(note.calls))
