@@ -134,7 +134,7 @@ class Endpoint:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            found = None
+            raise EndpointError(f"{url}: the answer is not JSON: {text[:_SHOWN]!r}.", passing=False) from None
         if not isinstance(found, dict):
             raise EndpointError(f"{url}: the answer is not a JSON object: {text[:_SHOWN]!r}.", passing=False)
         return found
