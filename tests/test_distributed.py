@@ -93,7 +93,8 @@ def as_process(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
 
 
 def rows(*names: str) -> list[dict[str, object]]:
-    return [{"id": name, "sample": 0, "text": f"of {name} \u2028"} for name in names]
+    rest = {"sample": 0, "token_ids": [1], "finish_reason": "stop"}
+    return [{"id": name, "text": f"of {name} \u2028", **rest} for name in names]
 
 
 def test_what_more_processes_have_left_is_found_by_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

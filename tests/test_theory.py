@@ -28,6 +28,7 @@ from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.theory import Probe, draw_probe
+from drift_jax.stopping import Stopped
 from drift_jax.telemetry import read_metrics
 from drift_jax.theory import PairGradients, apply_lemma, lemma_metrics, retention_metrics
 from drift_jax.train import Trainer
@@ -210,11 +211,11 @@ def test_a_stage_logs_the_lemma_changes_nothing_and_resumes(base: Path, monkeypa
     def stop(self: Probe, *args: Any) -> dict[str, float]:
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise Stopped
         return real(self, *args)
 
     monkeypatch.setattr(Probe, "measure", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         train(base, "on")
     rows = train(base, "on")
     assert len(calls) == 4 and [row["step"] for row in rows] == [1, 2, 3]
