@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drift_jax import compiled
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, put_batch
 from drift_jax.data.packing import pack_rows
@@ -101,6 +102,7 @@ class Scorer:
         self._metrics = jax.jit(lambda params, batch: loss_and_grads(setup, params, batch)[0])
 
     def build_trainer(self, backend: AttentionBackend) -> Trainer:
+        compiled._LAST.clear()  # what is patched is not part of the key
         with patch("drift_jax.train.resolve_attention", lambda *_: backend):
             return Trainer(*self.declared, self.layout, CONFIG, "none", total_steps=10)
 
