@@ -304,9 +304,9 @@ class Trainer:
     ) -> None:
         self.layout = layout
         # The rest follows from these: the model's sizes are part of its code.
-        key = (graphdef, layout.key, config, remat, total_steps, attention, scan_layers)
-        build = partial(_build_programs, graphdef, declared, layout, config, remat, total_steps, attention, scan_layers)
-        programs = recall("trainer", key, build)
+        settings = (config, remat, total_steps, attention, scan_layers)
+        build = partial(_build_programs, graphdef, declared, layout, *settings)
+        programs = recall("trainer", (graphdef, layout.key, *settings), build)
         self.setup, self.abstract_state, self.jitted_init, self.jitted_step = programs[:4]
         self.jitted_score, self.jitted_measure = programs.score, programs.measure
         self._shapes_before = self._shapes()

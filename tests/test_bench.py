@@ -22,6 +22,7 @@ import pytest
 from drift_jax.models import triton
 from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.intervals import KeyIntervals
+from tests.script_modules import script_module
 from tests.tiny_pairs import build_tiny_policy
 
 REPO = Path(__file__).parents[1]
@@ -32,14 +33,8 @@ MEASURES = ("pairs_per_s", "real_tokens_per_s", "real_token_share", "tflops", "p
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    """The script as a module; it finds its neighbours through a path that goes again."""
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("bench_step", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+    with script_module(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

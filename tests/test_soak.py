@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 from drift_jax.config import load_config
 from tests.cli_runs import base, model_dir  # noqa: F401
+from tests.script_modules import script_module
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "soak.py"
 Row = dict[str, Any]
@@ -20,14 +19,8 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def soak() -> Iterator[Any]:
-    """The script as a module; what it adds to the path goes again."""
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+    with script_module(SCRIPT) as module:
+        yield module
 
 
 @pytest.mark.slow

@@ -122,8 +122,7 @@ def _numbers_of(path: Path, data: Mapping[str, Any]) -> list[Measure] | None:
         return None if read is None else list(read(data))
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path} is not as drift evaluate writes it ({type(error).__name__}: {error!s:.120}). Make it again, or "
-            "remove it."
+            f"{path} is not as drift evaluate writes it ({type(error).__name__}: {error!s:.120}). {_REMEDY}"
         ) from None
 
 
