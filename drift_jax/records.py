@@ -20,7 +20,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,9 @@ def read_dsat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[DsatReco
 def read_sat(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[SatRecord]:
     """Reads SAT records. Arguments and errors as in `read_dsat`."""
     return _read_logged(Path(path), on_bad_row, SatRecord, "chosen")
+
+
+LOGGED_READERS: Mapping[str, Callable[..., Rows[Any]]] = {"dsat": read_dsat, "sat": read_sat}  # by `Method.records`
 
 
 def read_pairs(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[Pair]:

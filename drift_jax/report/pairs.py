@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import DriftError
 from drift_jax.journal import read_rows
 from drift_jax.methods import DEFAULT, UNGUIDED, load_method, method_names
-from drift_jax.records import DsatRecord, Message, Rows, read_dsat, read_pairs, read_sat
+from drift_jax.records import LOGGED_READERS, DsatRecord, Message, read_pairs
 from drift_jax.report import forms
 from drift_jax.report.runs import Run, Stage, read_json_file
 
 _MOST_CHARACTERS = 20_000  # of one text
 _SPLITS = ("train", "test")
 _WHOLE = "record left out"
-_READERS: Mapping[str, Callable[..., Rows[Any]]] = {"dsat": read_dsat, "sat": read_sat}
 
 
 def build_browser(runs: Sequence[Run], most_bytes: int) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def _logged(run: Run) -> tuple[Mapping[str, str], Mapping[str, list[list[str]]],
     if not named:
         return {}, {}, []
     try:
-        records = _READERS[kind](named, "skip").records
+        records = LOGGED_READERS[kind](named, "skip").records
     except DriftError as error:
         return {}, {}, [f"{run.name}: {'complaints' if kind == 'dsat' else 'prompts'} are not shown, {error}"]
     complaints = {record.id: _cut(record.user_preference) for record in records if isinstance(record, DsatRecord)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from drift_jax.methods import Record
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.policy import Policy, load_policy
 from drift_jax.progress import stage_progress
-from drift_jax.records import Rows, read_dsat, read_sat
+from drift_jax.records import LOGGED_READERS
 from drift_jax.run_lock import RunLock
 from drift_jax.sharding import Layout
 from drift_jax.stages.draws import method_of
@@ -37,9 +37,6 @@ class LoggedSplit:
     def rows(self) -> Iterator[tuple[str, Record]]:
         yield from (("test", record) for record in self.test)
         yield from (("train", record) for record in self.train)
-
-
-_READERS: Mapping[str, Callable[..., Rows[Any]]] = {"dsat": read_dsat, "sat": read_sat}
 
 
 def records_path(config: RunConfig) -> Path:
@@ -64,7 +61,7 @@ def load_split(config: RunConfig, path: str) -> LoggedSplit:
     Raises:
       DataError: holding out `data.test_rows` leaves nothing to train on.
     """
-    rows = _READERS[method_of(config).records](path, config.data.on_bad_row)
+    rows = LOGGED_READERS[method_of(config).records](path, config.data.on_bad_row)
     held_out = config.data.test_rows
     if len(rows.records) <= held_out:
         raise DataError(
