@@ -37,7 +37,7 @@ CONFIGS = REPO / "configs" / "study"
 METHODS = ("drift", "drift-unguided", "spin", "iterdpo")
 BASE = "base"
 HELD_OUT, VALIDATION = 32, 24  # of the questions, the first ones; the others are trained on
-RATES = (3e-6, 1e-5)  # learning rates that are tried for each method
+RATES = (1e-6, 3e-6, 1e-5)  # learning rates that are tried for each method
 TUNE_SEED = 100
 TUNED_FOR = "satisfied"
 
