@@ -182,6 +182,7 @@ class TrainConfig:
     warmup_ratio: Share = 0.1  # share of all updates; rounded up
     warmup_steps: PositiveInt | None = None  # updates; replaces warmup_ratio
     max_grad_norm: PositiveFloat = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # of an update whose gradient is not finite; skip: left out, counted
     weight_decay: NonNegativeFloat = 0.0  # not applied to biases and norms
     adam_beta1: DecayRate = 0.9
     adam_beta2: DecayRate = 0.999

@@ -31,6 +31,8 @@ NOISE_ERRORS = 5.0  # and by so many standard errors of the mean: a stage looks 
 COLLAPSE_FACTOR = 2.0  # rejected log-probs this many times the reference's: each token lost its share once more
 COLLAPSE_REWARD = -1.0  # and the reward is below this: replies of a few tokens double their log-prob early
 IDS_SHOWN = 5
+PAIRS_SHOWN = 8  # of an update: the pair that is to blame is one of them
+MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
 
 
 def check_first_loss(metrics: Mapping[str, float], config: TrainConfig, compute_dtype: str = "float32") -> None:
@@ -83,6 +85,60 @@ def check_params_changed(step: int, metrics: Mapping[str, float], config: TrainC
         f"update {step} changes {share:.1%} of the parameters that have a gradient, at the peak learning rate of "
         f"{config.learning_rate:.3g}"
     ]
+
+
+@final
+class FiniteWatch:
+    """Finds updates whose gradient is not finite: an error, or with `train.on_nonfinite: skip` a warning and a count.
+
+    Such an update is one whose `grad_norm` is NaN or infinite. Skipped, it has changed neither weights nor moments, and
+    its number is used up: the schedule and the order of the pairs go on.
+
+    Args:
+      rows: those of metrics.jsonl when a stage is resumed.
+    """
+
+    def __init__(self, config: TrainConfig, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._skips = config.on_nonfinite == "skip"
+        self._in_a_row = self._last = 0
+        self.skipped = 0
+        for row in rows:
+            self._count(row["step"], row)
+
+    def update(self, step: int, metrics: Mapping[str, float], ids: Sequence[str]) -> list[str]:
+        """Takes the metrics of an update and the ids of its pairs, and returns what to warn of.
+
+        Raises:
+          StageError: it is not finite and is to stop the stage, or `MOST_SKIPPED` have come one after the other.
+        """
+        if not self._count(step, metrics):
+            return []
+        norm, loss = metrics["grad_norm"], metrics["loss"]
+        hidden = len(ids) - PAIRS_SHOWN
+        pairs = ", ".join(ids[:PAIRS_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+        what = f"the gradient of update {step} is not finite (norm {norm}, loss {loss}); its pairs: {pairs}"
+        if not self._skips:
+            raise StageError(
+                f"{what}. Nothing of it is saved: the newest checkpoint is of an update before. Look at these pairs; "
+                "where a half-precision model overflows, take model.compute_dtype=float32 or a lower "
+                "train.learning_rate. With train.on_nonfinite=skip the same command leaves such updates out, and "
+                "counts them."
+            )
+        if self._in_a_row >= MOST_SKIPPED:
+            raise StageError(
+                f"{what}. It is the {self._in_a_row}th in a row, which is no accident of the data: the weights or the "
+                "reference log-probabilities may be damaged, or the learning rate is too high."
+            )
+        return [f"{what}. It is left out"]
+
+    def _count(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Whether the update is one of those."""
+        if math.isfinite(metrics.get("grad_norm", 0.0)):
+            return False
+        self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
+        self._last = step
+        self.skipped += 1
+        return True
 
 
 @final

@@ -137,6 +137,8 @@ def apply_gradients(
 ) -> Update:
     """One update of the weights by unclipped gradients.
 
+    With `train.on_nonfinite: skip` gradients that are not finite change neither weights nor moments.
+
     Args:
       learning_rate: that of this update, for `params_changed`; the optimizer knows its own.
       step: updates done before this one.
@@ -154,8 +156,12 @@ def apply_gradients(
     # Always `norm`. Without a need for `changed` the compiler may count after it has overwritten weights and moments,
     # for which it copies them at every update.
     after = jnp.where(changed < 0, jnp.nan, norm)
-    moved, opt_state = updates(after)
-    return Update(optax.apply_updates(params, moved), opt_state, norm, changed)
+    moved, moments = updates(after)
+    new = optax.apply_updates(params, moved), moments
+    if config.on_nonfinite == "skip":
+        finite = jnp.isfinite(norm)
+        new = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, (params, opt_state))
+    return Update(*new, norm, changed)
 
 
 def first_moving_update(config: TrainConfig) -> int:

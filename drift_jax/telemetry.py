@@ -138,6 +138,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [{name: _NON_FINITE.get(v, v) for name, v in _parse_line(path, n, line).items()} for n, line in lines]
 
 
+def finite_losses(path: str | Path) -> list[float]:
+    """Of the updates in a metrics file; one that was left out (`train.on_nonfinite`) may have none."""
+    return [row["loss"] for row in read_metrics(path) if math.isfinite(row.get("loss", math.nan))]
+
+
 def _complete_lines(path: Path) -> tuple[list[tuple[int, str]], bool]:
     """(line number, text) of every line that ends in a newline, and whether an unfinished one follows."""
     *complete, rest = read_bytes(path).decode("utf-8", errors="replace").split("\n")

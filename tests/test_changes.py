@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,35 @@ def test_gradients_that_are_not_finite_show_in_the_norm() -> None:
         assert not np.isfinite(
             apply(config())(params, state, {"w": jnp.array([1.0, bad, 0.0])}, jnp.int32(0)).grad_norm
         )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        config(learning_rate=1e-3, warmup_ratio=0.0),
+        config(optimizer="adamw", weight_decay=0.1, warmup_ratio=0.0, moment_dtype="bfloat16"),
+        config(master_dtype="bfloat16", moment_dtype="bfloat16", warmup_ratio=0.0),
+    ],
+    ids=["rmsprop", "adamw", "bfloat16"],
+)
+def test_a_skipped_update_leaves_every_bit_and_others_are_as_without(cfg: TrainConfig, bad: float) -> None:
+    skip, stop = (jax.jit(apply(dataclasses.replace(cfg, on_nonfinite=policy))) for policy in ("skip", "stop"))
+    params = {name: jnp.asarray(w, cfg.master_dtype) for name, w in weights().items()}
+    state = build_optimizer(cfg, 100).init(params)
+    for step, grad in enumerate(gradients(0.5)[:3]):
+        grads = jax.tree.map(jnp.asarray, grad)
+        name = next(iter(grads))
+        broken = grads | {name: grads[name].at[(0,) * grads[name].ndim].set(bad)}
+        kept, lost = skip(params, state, broken, jnp.int32(step)), stop(params, state, broken, jnp.int32(step))
+        assert not np.isfinite(kept.grad_norm)
+        for now, before in zip(*map(jax.tree.leaves, (kept[:2], (params, state))), strict=True):
+            assert now.dtype == before.dtype and np.array_equal(now, before)
+        assert not all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(lost.params))
+        one, other = (update(params, state, grads, jnp.int32(step)) for update in (skip, stop))
+        for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+            assert np.array_equal(a, b)
+        params, state = one[:2]
 
 
 def test_counting_copies_no_weights() -> None:

@@ -53,7 +53,7 @@ train.beta train.label_smoothing train.rpo_alpha train.nll_reduction train.nll_t
 train.epochs train.max_steps train.batch_size
 train.accumulation_steps train.tokens_per_device train.eval_batch_size train.optimizer train.learning_rate
 train.schedule
-train.warmup_ratio train.warmup_steps train.max_grad_norm train.weight_decay
+train.warmup_ratio train.warmup_steps train.max_grad_norm train.on_nonfinite train.weight_decay
 train.adam_beta1 train.adam_beta2 train.adam_epsilon
 train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype
 train.eval_every train.seed

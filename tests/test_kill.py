@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
 
 from drift_jax.journal import read_rows
-from tests.cli_runs import REPO, change_config, model_dir, write_yaml  # noqa: F401
+from tests.cli_runs import REPO, model_dir, write_yaml  # noqa: F401
 from tests.tiny_pairs import write_dsat
+
+sys.path.append(str(REPO / "scripts"))
+
+from drills.server import Server  # noqa: E402
 
 RESULTS = ("completions.jsonl", "pairs.train.jsonl", "pairs.test.jsonl", "drops.json")
 SAMPLING_KILLS = 14
@@ -32,46 +33,10 @@ FINISHING_KILLS = [
 ]
 
 
-class Server:
-    """Starts `drift` in forks of one warm process."""
-
-    def __init__(self) -> None:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "PYTHONPATH": str(REPO),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=REPO,
-        )
-
-    def start(self, words: list[str], log: Path, die: tuple[str, str] | None = None) -> int:
-        stdin: IO[str] = self.process.stdin  # pyright: ignore[reportAssignmentType]
-        stdin.write(json.dumps({"words": words, "log": str(log), "die": die}) + "\n")
-        stdin.flush()
-        return self._read()["pid"]
-
-    def wait(self) -> int:
-        return self._read()["code"]
-
-    def _read(self) -> dict[str, Any]:
-        stdout: IO[str] = self.process.stdout  # pyright: ignore[reportAssignmentType]
-        return json.loads(stdout.readline())
-
-
 @pytest.fixture()
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    assert server.process.stdin is not None
-    server.process.stdin.close()
-    server.process.wait()
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture()
@@ -105,7 +70,7 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(tmp_path: Path, jo
         assert server.wait() == -signal.SIGKILL, "it was over before it was killed"
         rows_at.append(len(journal_keys(out)))
     for place in FINISHING_KILLS:
-        server.start([*job, str(out)], log, place)
+        server.start([*job, str(out)], log, {"die": place})
         assert server.wait() == -signal.SIGKILL, place
     server.start([*job, str(out)], log)
     assert server.wait() == 0, log.read_text()

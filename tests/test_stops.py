@@ -71,12 +71,12 @@ def damage(checkpoint: Path) -> None:
 def test_what_was_done_is_not_lost(tmp_path: Path, model_dir: Path, server: Server) -> None:
     job, whole, out, log = write_job(tmp_path, model_dir), tmp_path / "whole", tmp_path / "out", tmp_path / "log"
 
-    def go_on(die: tuple[str, str] | None = None) -> int:
+    def go_on(**hooks: tuple[str, str]) -> int:
         log.write_text("")
-        return server.start([*job, str(out)], log, die)
+        return server.start([*job, str(out)], log, hooks)
 
     def killed_at(name: str, when: str) -> None:
-        go_on((name, when))
+        go_on(die=(name, when))
         assert server.wait() == -signal.SIGKILL, log.read_text()
 
     server.start([*job, str(whole)], log)

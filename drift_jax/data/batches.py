@@ -122,6 +122,10 @@ class PairLoader:
         rows = self._rows_of(step)
         return self._build(rows, self._lost_ends(rows), self.shapes)
 
+    def ids(self, step: int) -> list[str]:
+        """Of the pairs of an update."""
+        return [self.pairs[row].id for row in self._rows_of(step)]
+
     def first_epoch(self) -> Iterator[tuple[Int[np.ndarray, "R"], PairBatch]]:
         """The batches of the first epoch, whole, each with the positions of its pairs in `pairs`.
 

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import SHOWN
 from drift_jax.reading import check_form, read_json
-from drift_jax.telemetry import METRICS_FILE, read_metrics
+from drift_jax.telemetry import METRICS_FILE, finite_losses
 
 _STAGE = re.compile(r"(?:^|[-/])(seed|iter_\d+)(?:/hf)?/?$")
 _SKIPPED = {"hf", "checkpoints", "tokens", "tensorboard", ".cache"}  # folders that hold no reports, and many files
@@ -139,7 +139,7 @@ def _of_stage(method: str, stage: Path) -> Iterator[Measure]:
         for name, word in _WORDS.items():
             yield from _number(metrics.get(name), f"held-out {word}", method, stage.name, str(path))
     if (stage / METRICS_FILE).is_file():
-        losses = [row["loss"] for row in read_metrics(stage) if "loss" in row]
+        losses = finite_losses(stage)
         if losses:
             mean = sum(losses) / len(losses)
             yield Measure(method, stage.name, "training loss", mean, None, None, str(stage / METRICS_FILE))

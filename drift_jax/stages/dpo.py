@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -22,7 +23,7 @@ from drift_jax.distributed import on_main
 from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import PairLogps, preference_numbers
 from drift_jax.files import check_checkpoint_place, remove_leftovers, write_json, write_jsonl
-from drift_jax.guards import RewardWatch, check_first_loss, check_params_changed
+from drift_jax.guards import FiniteWatch, RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.attention import resolve_attention
 from drift_jax.models.hf import load_qwen_config
@@ -36,7 +37,7 @@ from drift_jax.stages.scoring import pair_logps, score_pairs
 from drift_jax.stages.theory import Probe
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
 from drift_jax.stopping import Stopped
-from drift_jax.telemetry import MetricsWriter, StageTimer, read_metrics
+from drift_jax.telemetry import MetricsWriter, StageTimer, finite_losses, read_metrics
 from drift_jax.train import Metrics, Trainer, TrainState, evaluate_scores, host_metrics
 
 
@@ -85,16 +86,17 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
             state = run.fit(state, checkpointer, timer)
         final, held_out = run.score_held_out(state)
     on_main(lambda: run.write_evaluation(final, held_out))
-    losses = on_main(lambda: [row["loss"] for row in read_metrics(job.out_dir) if "loss" in row])
+    losses = on_main(lambda: finite_losses(job.out_dir))
     return {
         "pairs": len(train.pairs),
         "held_out": len(test.pairs),
         "drops": sum_drops([train, test]),
         "truncation": dataclasses.asdict(train.cuts),
         "steps": steps,
-        "loss": float(np.mean(losses)),
+        "loss": float(np.mean(losses)) if losses else None,
         "tokens_per_second": timer.tokens_per_second,
         "warnings": run.warnings,
+        **({"skipped_updates": run.finite.skipped} if run.finite.skipped else {}),
         **final,
     }
 
@@ -104,6 +106,7 @@ class _Stage:
     """What the steps of one stage share."""
 
     ref: RefLogps  # of the pairs to train on, then of the held-out ones; set by `start`
+    finite: FiniteWatch  # set by `fit`
 
     def __init__(
         self,
@@ -177,9 +180,9 @@ class _Stage:
             contextlib.ExitStack() as stack,
         ):
             earlier = on_main(lambda: read_metrics(self.job.out_dir)) if first else ()
-            watch = RewardWatch(config.train, self.steps, earlier)
+            watch, self.finite = RewardWatch(config.train, self.steps, earlier), FiniteWatch(config.train, earlier)
             self.warnings += watch.earlier
-            report = _Report(self, writer, watch, bar, timer, loader.steps_per_epoch)
+            report = _Report(self, writer, watch, bar, timer, loader)
             clock = SaveClock(config.checkpoint.every_minutes, first)
             late: _Update | None = None
             for state, step, metrics, tokens in self.trainer.fit(state, loader, self.steps):  # noqa: B020
@@ -236,12 +239,12 @@ class _Stage:
         write_json(self.job.out_dir / "eval.json", found)
 
     def guard(self, step: int, numbers: dict[str, float], watch: RewardWatch) -> None:
+        """Of an update whose gradient is finite."""
         train = self.config.train
         if step == 1 and self.job.reference_dir == self.job.model_dir:
             check_first_loss(numbers, train, self.config.model.compute_dtype)
         for message in check_params_changed(step, numbers, train):
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
-        del numbers["params_changed"]
         for message in watch.update(step, numbers):
             self.warn(message)
 
@@ -286,16 +289,26 @@ class _Report:
     watch: RewardWatch
     bar: StageProgress
     timer: StageTimer
-    steps_per_epoch: int
+    loader: PairLoader
 
     def __call__(self, update: _Update) -> None:
-        numbers = host_metrics(update.metrics)
+        numbers, finite = host_metrics(update.metrics), self.stage.finite
         self.timer.count_tokens(update.tokens)
-        self.stage.guard(update.step, numbers, self.watch)
-        row = {"epoch": update.step / self.steps_per_epoch, "tokens_per_second": self.timer.tokens_per_second}
+        is_finite = math.isfinite(numbers["grad_norm"])
+        if is_finite:
+            self.stage.guard(update.step, numbers, self.watch)
+        del numbers["params_changed"]
+        row = {
+            "epoch": update.step / self.loader.steps_per_epoch,
+            "tokens_per_second": self.timer.tokens_per_second,
+        }
         last = update.step == self.stage.steps
-        if update.evaluation or last or update.step % self.stage.config.tracking.log_every == 0:
+        wanted = update.evaluation or last or update.step % self.stage.config.tracking.log_every == 0
+        if wanted or not is_finite:
             self.writer.write(update.step, numbers | row | update.evaluation)
+        if not is_finite:
+            for message in finite.update(update.step, numbers, self.loader.ids(update.step - 1)):
+                self.stage.warn(message)
         self.bar.advance(1, f"loss {numbers['loss']:.4f}, margin {numbers['rewards/margins']:+.4f}")
 
 

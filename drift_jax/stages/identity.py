@@ -19,7 +19,14 @@ from drift_jax.stages.rank import ranker_source
 _SAMPLE_KEYS = ("recipe.method", "sampling.", "data.test_rows", "data.max_rows", "data.on_bad_row")
 _TOKEN_KEYS = ("data.max_length", "data.max_prompt_length", "data.template", "data.eos", "data.truncation")
 _TRAIN_KEYS = ("train.", *_TOKEN_KEYS, "data.on_bad_row", "model.compute_dtype", "model.pad_embedding")
-_NOT_SHAPING = ("sampling.batch_size", "sampling.per_host", "train.eval_batch_size", "train.eval_every")
+# `on_nonfinite` may change where a stage has stopped: before, there was nothing to leave out.
+_NOT_SHAPING = (
+    "sampling.batch_size",
+    "sampling.per_host",
+    "train.eval_batch_size",
+    "train.eval_every",
+    "train.on_nonfinite",
+)
 _JUDGE_KEYS = ("judge.model", "judge.temperature", "judge.max_tokens")  # where the server is shapes nothing
 # What a single completion depends on, beside policy and records.
 _DRAW_KEYS = (
