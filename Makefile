@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-vllm check check-deps fmt smoke soak bench goldens
+.PHONY: help setup quickstart test test-vllm check check-deps fmt smoke soak drill bench goldens
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,6 +36,7 @@ help:
 	@echo "make fmt          formats the code and mends what can be mended"
 	@echo "make smoke        the loop on a tiny model, on Python 3.12 with the newest jax"
 	@echo "make soak         20 iterations on a tiny model: memory, files, threads and disk must stay flat"
+	@echo "make drill        20 kills of a run on a tiny model, and every other fault; ARGS='--kills 50' is only kills"
 	@echo "make bench        the benchmarks, scripts/bench_*.py"
 	@echo "make goldens      writes the golden values that tests compare with anew"
 	@echo "PYTHON=python3.12 names another Python (3.11 or newer) for .venv."
@@ -122,6 +123,10 @@ smoke: $(SMOKE_VENV)/.installed
 soak: $(VENV)/.installed-all
 	@$(BIN)/python scripts/make_tiny_model.py
 	@$(BIN)/python scripts/soak.py $(ARGS)
+
+drill: $(VENV)/.installed-all
+	@$(BIN)/python scripts/make_tiny_model.py
+	@$(BIN)/python scripts/drill.py $(or $(ARGS),--kills 20 --faults all)
 
 bench: $(VENV)/.installed-all
 	@for script in scripts/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -26,6 +29,7 @@ from drift_jax.files import sync_directory, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 _META = "meta"
+_REASON = 160  # characters of an error's beginning, and of its end
 _READERS = 4  # files that are hashed at the same time
 _PIECE_BYTES = 1 << 22
 
@@ -39,6 +43,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, keep: int, alone: bool = False) -> None:
+        _quieten_orbax()
         self.directory, self._alone = directory.absolute(), alone
         self._saving = 0  # the step that is being written
         self._manager = ocp.CheckpointManager(
@@ -128,7 +133,7 @@ class Checkpointer:
             return {name: restored[name] for name in abstract}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StageError(
-                f"the checkpoint {self.directory}/{step} does not fit this model and optimizer: {error}. "
+                f"the checkpoint {self.directory}/{step} does not fit this model and optimizer: {_reason(error)}. "
                 "Use the config it was made with, or remove the directory to start the stage again."
             ) from error
 
@@ -145,9 +150,11 @@ class Checkpointer:
         except Exception as error:
             if is_lost_peer(error):
                 raise
+            last = self._manager.latest_step()
+            kept = "No earlier one is there" if last is None else f"The last whole one is of update {last}"
             raise StageError(
-                f"cannot write a checkpoint to {self.directory}: {error}. The last whole one is step "
-                f"{self._manager.latest_step()}. Free space and run again; the stage goes on from there."
+                f"cannot write a checkpoint to {self.directory}: {_reason(error)}. {kept}. Free space and run again; "
+                "the stage goes on from what is there."
             ) from error
 
 
@@ -178,6 +185,26 @@ class SaveClock:
         left = int((self._seconds - passed) * updates / max(passed, 1e-6))
         self._look = step + max(1, min(left, updates))
         return False
+
+
+def _reason(error: Exception) -> str:
+    """What the storage library says, without the settings that it repeats; its reason stands at the end."""
+    text = str(error).partition(" [tensorstore_spec=")[0]
+    return text if len(text) <= 2 * _REASON else f"{text[:_REASON]} ... {text[-_REASON:]}"
+
+
+@cache
+def _quieten_orbax() -> None:
+    """Keeps its threads from printing, with tracebacks, what comes to the caller as one error anyway."""
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    shown = sys.unraisablehook
+
+    def show(lost: sys.UnraisableHookArgs) -> None:
+        # A write that ends after another one has failed finds nobody who waits for it.
+        if not (lost.exc_type is RuntimeError and str(lost.exc_value) == "Event loop is closed"):
+            shown(lost)
+
+    sys.unraisablehook = show
 
 
 def seal(checkpoint: Path) -> None:

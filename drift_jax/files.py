@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from drift_jax.errors import StageError
+
+# What a disk answers, rather than a program that asks for the wrong thing.
+STORAGE_ERRORS = frozenset(
+    {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
+)
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(full_disk: Path) -> N
     checkpointer.save(1, {"params": {"w": jnp.ones(16)}}, {})
     checkpointer.wait()
     rng = np.random.default_rng(0)
-    with pytest.raises(StageError, match="cannot write a checkpoint.*The last whole one is step 1"), checkpointer:
+    with pytest.raises(StageError, match="cannot write a checkpoint.*The last whole one is of update 1"), checkpointer:
         checkpointer.save(2, {"params": {"w": jnp.asarray(rng.normal(size=10**5))}}, {})
         checkpointer.wait()
     assert Checkpointer(full_disk / "c", keep=2).latest_step() == 1

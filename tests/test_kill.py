@@ -18,7 +18,7 @@ from tests.tiny_pairs import write_dsat
 
 sys.path.append(str(REPO / "scripts"))
 
-from drills.server import Server  # noqa: E402
+from drills.server import Server
 
 RESULTS = ("completions.jsonl", "pairs.train.jsonl", "pairs.test.jsonl", "drops.json")
 SAMPLING_KILLS = 14

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -97,6 +98,10 @@ def test_what_was_done_is_not_lost(tmp_path: Path, model_dir: Path, server: Serv
     assert f"checkpoint of update {stopped} is damaged" in said
     assert "going on from the checkpoint of update 8\n" in said or stopped > 12
     assert not (out / "hf").exists() and steps_of(out)[-1] == UPDATES
+    kept = tmp_path / "kept"
+    shutil.copytree(out, kept)
+    server.start([*job, str(kept)], log)
+    assert server.wait() == 0 and results(kept) == results(whole), "what was gone on from is not what was there"
     for step in steps_of(out):
         damage(out / "checkpoints" / str(step))
     go_on()

@@ -12,6 +12,8 @@ from drift_jax.cli.evaluate import evaluate_app
 from drift_jax.cli.options import build_console
 from drift_jax.cli.processes import across_processes, end_stopped, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
+from drift_jax.files import STORAGE_ERRORS
+from drift_jax.progress import printable
 from drift_jax.stopping import Stopped
 
 app = typer.Typer(
@@ -48,6 +50,19 @@ def main() -> None:
         end_together(2)
     except Stopped:
         end_stopped()
+    except OSError as error:
+        # The user's disk, not our mistake; any other error is shown with where it arose.
+        if error.errno not in STORAGE_ERRORS:
+            tell_lost_peer(error)
+            end_together(1)
+        where = f" {printable(str(error.filename))}" if error.filename else ""
+        build_console(stderr=True).print(
+            f"[bold red]error:[/] the system refuses to read or write{escape(where)}: {error.strerror}. What was "
+            "finished is kept: look at the disk, and run the same command again.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        end_together(2)
     except Exception as error:
         tell_lost_peer(error)
         end_together(1)

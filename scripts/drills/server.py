@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ class Server:
     Args:
       cache: directory of compiled programs; None: what the environment says.
       env: more variables, of the warm process and so of all.
+      cores: the ones to work on; empty: all.
     """
 
-    def __init__(self, cache: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, cache: Path | None = None, env: Mapping[str, str] | None = None, cores: Collection[int] = ()
+    ) -> None:
         variables = {
             "JAX_PLATFORMS": "cpu",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -41,6 +45,8 @@ class Server:
             cwd=REPO,
             bufsize=0,
         )
+        if cores:
+            os.sched_setaffinity(self.process.pid, cores)
 
     def start(
         self,
@@ -65,9 +71,12 @@ class Server:
         return self._read()["code"]
 
     def kill(self) -> int:
-        """SIGKILL to what was started. Returns its exit code, which is another one where it had ended."""
-        os.kill(self.pid, signal.SIGKILL)  # not collected by the server's wait? then it has ended, and the id is free
-        code = self.wait()
+        """SIGKILL to what was started. Returns its exit code, which is another one where it had ended before."""
+        code = self.wait(0)
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            code = self.wait()
         assert code is not None
         return code
 
