@@ -205,8 +205,9 @@ def _ask_missing(
 def late_answers(pool: ThreadPoolExecutor, futures: Mapping[Future[T], K]) -> dict[K, T]:
     """What is answered while the run is to stop: it is paid for, but it is not waited for as long as it may take."""
     pool.shutdown(wait=False, cancel_futures=True)
-    done, _ = wait(futures, timeout=_LAST_ANSWERS_S)
-    return {futures[f]: f.result() for f in done if not f.cancelled() and f.exception() is None}
+    # Those that were never begun do not count as done for `wait`.
+    done, _ = wait([future for future in futures if not future.cancelled()], timeout=_LAST_ANSWERS_S)
+    return {futures[f]: f.result() for f in done if f.exception() is None}
 
 
 def _row(key: str, question: Question[Any], config: JudgeConfig) -> dict[str, Any]:

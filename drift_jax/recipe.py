@@ -32,7 +32,7 @@ from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 from drift_jax.checkpoint import find_damage
 from drift_jax.config import RunConfig, config_to_yaml
 from drift_jax.distributed import on_each, on_main
-from drift_jax.files import check_checkpoint_place
+from drift_jax.files import atomic_writer, check_checkpoint_place
 from drift_jax.manifest import Manifest
 from drift_jax.models.hf import check_weights, load_qwen_config, resolve_model
 from drift_jax.models.qwen import declare_qwen, param_shardings
@@ -180,7 +180,7 @@ class Recipe:
             text = Text.assemble(("before  ", "dim"), before, "\n\n", ("after   ", "bold"), after)
             self.console.print(Panel(text, title=Text(printable(answer["prompt"])), title_align="left"))
         text = summary_markdown(self.rows)
-        on_main(lambda: (self.run_dir / "summary.md").write_text(text, encoding="utf-8"))
+        on_main(lambda: self._write("summary.md", text))
         seconds = time.monotonic() - self.started
         memory = "" if self.part else f", at most {peak_rss_gib():.1f} GiB of memory"
         self.console.print(f"{seconds:.0f} seconds{memory}")
@@ -191,8 +191,7 @@ class Recipe:
         train = partial(
             self._stage, f"{name}/train", keys | more_keys, inputs, lambda: train_stage(self.config, job, self.console)
         )
-        train()
-        if not self._is_kept(name, job):
+        if train() and not self._is_kept(name, job):
             self.rows.pop()
             train()
         hf, checkpoints = job.out_dir / "hf", job.out_dir / "checkpoints"
@@ -206,7 +205,7 @@ class Recipe:
         return hf
 
     def _is_kept(self, name: str, job: TrainJob) -> bool:
-        """Whether what a training stage has left is there for the export; if not, the stage is open again."""
+        """Whether what an earlier call has trained is there for the export; if not, the stage is open again."""
         if self.part is not None and self.part.kind != "training":
             return True
 
@@ -231,14 +230,17 @@ class Recipe:
         inputs: dict[str, str],
         work: Callable[[], Summary],
         kind: Kind = "training",
-    ) -> None:
+    ) -> bool:
         """Does the work unless it is done; either way its row goes into the closing table.
+
+        Returns whether it was done by an earlier call.
 
         Raises `PartEnd` where it is to be done by a process of another kind.
         """
         if self.part and self.part.kind != kind and not on_main(lambda: self.manifest.is_finished(stage)):
             raise self.part.end(self.config)
-        if on_main(lambda: self._enter(stage, keys, inputs)):
+        before = on_main(lambda: self._enter(stage, keys, inputs))
+        if before:
             if self.tells_skipped:
                 self.console.print(f"{stage}: finished before, skipped", style="dim")
         else:
@@ -259,15 +261,20 @@ class Recipe:
                 seconds=s.get("seconds"),
             )
         )
+        return before
 
     def _enter(self, stage: str, keys: dict[str, Any], inputs: dict[str, str]) -> bool:
         """True when the stage is finished already."""
         if self.manifest.enter(stage, keys, inputs):
             return True
         # Only now: a refused call must not replace the config that the run was made with.
-        (self.run_dir / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
+        self._write("config.yaml", config_to_yaml(self.config))
         self._log(stage, "started")
         return False
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic_writer(self.run_dir / name) as file:
+            file.write(text)
 
     def _finish(self, stage: str, summary: dict[str, Any]) -> None:
         self.manifest.finish(stage, summary)

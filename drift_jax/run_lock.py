@@ -65,9 +65,10 @@ class RunLock:
     def release(self) -> None:
         """Leaves an empty file: whoever comes next need not ask what became of us."""
         self._over.set()
-        if self._is_ours():
-            self._file.truncate(0)
-        self._file.close()
+        with contextlib.suppress(OSError):  # the work is done, and a name that stays is found to be of nobody
+            if self._is_ours():
+                self._file.truncate(0)
+            self._file.close()
 
     def _take(self) -> None:
         locked = self._flock()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from drift_jax import judging, stopping
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Retry
 from drift_jax.errors import StageError
 from drift_jax.judging import Question, ask_all
+from drift_jax.stopping import Stopped
 from tests.http_servers import Answer, Small, serve
 from tests.wildbench_files import answer, judge_of
 
@@ -73,6 +77,34 @@ def test_a_cache_that_was_torn_is_gone_on_with(tmp_path: Path) -> None:
         cache.write_bytes(cache.read_bytes()[:-9])
         assert ask_all(questions(3), config(small), cache, quiet()).tally.cached == 2
         assert len(small.seen) == 4
+
+
+def test_a_stop_keeps_the_answers_that_are_there_and_those_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, wait = tmp_path / "v.jsonl", judging.wait
+
+    def only_for_answers(futures: Any, timeout: float) -> Any:
+        done, left = wait(futures, timeout)
+        assert not left, "a question that was never asked has no answer to wait for"
+        return done, left
+
+    monkeypatch.setattr(judging, "wait", only_for_answers)
+
+    def verdict(prompt: str) -> dict[str, Any]:
+        if len(small.seen) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"n": number(prompt)}
+
+    with serve(judge_of(verdict), delay_s=0.1) as small:
+        with stopping.heed_signals(), pytest.raises(Stopped):
+            ask_all(questions(20), config(small, concurrency=3), cache, quiet())
+        asked = len(small.seen)
+        assert 6 <= asked < 12 and len(cache.read_text().splitlines()) == asked
+        with stopping.heed_signals():
+            found = ask_all(questions(20), config(small), cache, quiet())
+        assert len(small.seen) == 20 and found.tally.cached == asked
+        assert found.values == {f"q{i}": i for i in range(20)}
 
 
 def test_malformed_answers_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import drift_jax.stages.sample as sample_stages
+from drift_jax import recipe
 from drift_jax.config import RunConfig, build_config
 from drift_jax.data.pairs import tokenize_pair
 from drift_jax.data.tokenizer import load_tokenizer
@@ -220,6 +221,31 @@ def test_an_interrupted_sampling_goes_on_from_its_journal(
     sample_stages.sample_stage(config, base / "model", str(base / "dsat.jsonl"), out, quiet, "job")
     assert counted == [12]
     assert (out / "completions.jsonl").read_bytes() == (expected / "completions.jsonl").read_bytes()
+
+
+def test_what_was_damaged_between_training_and_export_is_trained_again(
+    finished: tuple[Path, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, looks = make_config(base, tmp_path / "run", recipe={"iterations": 0, "showcase_prompts": []}), []
+
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    look = recipe.find_damage
+    monkeypatch.setattr(recipe, "find_damage", lambda path: looks.append(path) or look(path))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recipe, "export_stage", interrupted)
+        run_quietly(config)
+    assert not looks, "what was written a moment ago need not be read again"
+    checkpoints = tmp_path / "run" / "seed" / "checkpoints"
+    newest = max((path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    victim = max((path for path in newest.glob("*/**/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    output = run_quietly(config)
+    assert "seed/train is to be done again from what is left" in output and len(looks) == 1
+    weights = "seed/hf/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (finished[0] / weights).read_bytes()
+    assert "to be done again" not in run_quietly(config)
 
 
 def test_holding_out_every_row_is_refused(base: Path, tmp_path: Path) -> None:

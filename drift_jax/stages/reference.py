@@ -40,6 +40,11 @@ def write_ref_logps(path: Path, pairs: list[TokenizedPair], ref: RefLogps) -> No
         np.savez(file, ids=ids, tokens=tokens, ref_logps=ref.logps, ref_last_logps=ref.last_logps)
 
 
+def journal_path(path: Path) -> Path:
+    """Of the journal of what goes to `path`, `ref_logps.npz`."""
+    return path.with_name("ref_logps.partial.jsonl")
+
+
 @final
 class RefJournal:
     """Log-probs of a reference pass as they come, in `ref_logps.partial.jsonl`, so that a pass that was ended goes on.
@@ -57,7 +62,7 @@ class RefJournal:
 
     def __enter__(self) -> RefJournal:
         def read() -> bytes:
-            self._journal = Journal(self._path.with_name("ref_logps.partial.jsonl"))
+            self._journal = Journal(journal_path(self._path))
             for row in self._journal.rows:
                 if row["pair"] < len(self._pairs) and row["tokens"] == self._hashes[row["pair"]]:
                     self._found[row["pair"]] = row["logps"]
@@ -129,12 +134,18 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
 
 
 def share_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
-    """`read_ref_logps` of process 0, on every process."""
+    """`read_ref_logps` of process 0, on every process. A journal that was left beside them is removed."""
+
+    def read() -> RefLogps | None:
+        found = read_ref_logps(path, pairs)
+        if found is not None:  # a run that was killed at the end of the pass
+            journal_path(path).unlink(missing_ok=True)
+        return found
 
     def unpack(data: bytes) -> RefLogps:
         return RefLogps(*np.frombuffer(data).reshape(2, len(pairs), 2))
 
-    return send(lambda: read_ref_logps(path, pairs), lambda ref: np.stack(ref).tobytes(), unpack)
+    return send(read, lambda ref: np.stack(ref).tobytes(), unpack)
 
 
 def _token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:

@@ -26,7 +26,7 @@ from drift_jax.manifest import Manifest
 from drift_jax.telemetry import read_metrics
 from drills.kills import RUNS_WITHIN_S, run_whole
 from drills.operations import build_library, fail_operations
-from drills.runs import Job, Witness, check_words, count_rows, differences, kind_of, snapshot
+from drills.runs import Job, Witness, check_words, count_errors, count_rows, differences, kind_of, snapshot
 from drills.server import Server
 
 Figures = dict[str, Any]
@@ -151,7 +151,7 @@ def damaged_bytes(job: Job, folder: Path) -> Figures:
 def _judge_damage(drill: Drill, place: str, whole: Path, before: Mapping[str, str]) -> str:
     code, said = drill.run(), drill.said()
     if code == REFUSED:
-        if said.count("error:") != 1:
+        if count_errors(said) != 1:
             drill.problems.append(f"{place}: not one error: {said[-300:]}")
         return "refused"
     if code != 0:

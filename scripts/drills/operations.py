@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drills.runs import Job, check_words, differences, kind_of, snapshot, starred
+from drills.runs import Job, check_words, count_errors, differences, kind_of, snapshot, starred
 from drills.server import Server
 
 WITHIN_S = 300.0
@@ -86,7 +86,7 @@ def fail_operations(
 
 def _judge(found: Operations, name: str, code: int | None, said: str) -> None:
     words = [*check_words(said)]
-    if code == 2 and said.count("error:") == 1 and not words:
+    if code == 2 and count_errors(said) == 1 and not words:
         found.ends["refused"] += 1
     elif code in (0, -signal.SIGKILL) and not words:
         found.ends["did without"] += 1

@@ -179,6 +179,11 @@ def _read(handle: int) -> bytes:
     return os.pread(handle, os.fstat(handle).st_size, 0)
 
 
+def count_errors(said: str) -> int:
+    """Lines that tell the user of an error."""
+    return sum(line.startswith("error:") for line in said.splitlines())
+
+
 def check_words(said: str) -> Iterator[str]:
     """What no command may print whatever happens to its files."""
     if "Traceback (most recent call last)" in said:
