@@ -16,6 +16,7 @@ from drift_jax.evaluation.intervals import LEVEL, Interval
 
 RESAMPLES = 1000
 _FEWEST = 10  # rows; of fewer too many resamples are one row again and again, and Student's t takes over
+_ROUNDING = 1e-12  # of the sums that a spread is the difference of
 _BLOCK = 1 << 22  # numbers that are drawn at a time
 
 
@@ -64,7 +65,9 @@ def _resampled_errors(
     total, weight, squares, products, weight_squares = np.concatenate(sums).T
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = total / weight
-        spread = np.maximum(squares - 2 * ratio * products + ratio**2 * weight_squares, 0.0)
+        spread = squares - 2 * ratio * products + ratio**2 * weight_squares
+        # Of equal rows nothing is left but what rounding leaves.
+        spread = np.where(spread > _ROUNDING * (squares + ratio**2 * weight_squares), spread, 0.0)
         errors = ratio / (np.sqrt(spread * rows / (rows - 1)) / weight)
     # Without spread the error is boundless, on the side of the ratio.
     return np.where(np.isfinite(errors), errors, np.copysign(np.inf, ratio))

@@ -6,6 +6,7 @@ import errno
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from drift_jax.cli.options import build_console
+from drift_jax.progress import stage_progress
 from drills.runs import Job, check_words, count_errors, differences, kind_of, snapshot, starred
 from drills.server import Server
 
@@ -30,6 +33,11 @@ class Operations:
     problems: list[str] = field(default_factory=list)
     not_reached: list[str] = field(default_factory=list)
     runs: int = 0
+
+    def blame(self, problem: str) -> None:
+        """Said at once: whoever looks on need not wait for the end."""
+        self.problems.append(problem)
+        print(problem, file=sys.stderr, flush=True)
 
 
 def build_library(folder: Path) -> Path | str:
@@ -53,27 +61,36 @@ def fail_operations(
       wanted: (call, kind of path); None: all there are.
     """
     kinds = {kind: of for kind, of in trace(server, job, folder).items() if wanted is None or kind in wanted}
-    found, tries = Operations(), Counter[tuple[str, str]]()
-    waiting = list(kinds)
-    run_dir, number = folder / "run0", 0
-    while waiting:
-        call, kind = waiting[0]
-        fresh = not run_dir.exists()
-        fired, code, said = _fail_one(server, job, run_dir, folder, call, kinds[call, kind])
-        name = f"{call} {kind}"
-        if fired:
-            waiting.pop(0)
-            _judge(found, name, code, said)
-        elif fresh or tries[call, kind] > 1:
-            waiting.pop(0)
-            found.not_reached.append(name)
-        tries[call, kind] += 1
-        if code == 0 or code is None:  # at its end, or it hung
-            wrong = differences(snapshot(whole), snapshot(run_dir)) if code == 0 else []
-            found.problems += [f"after {name}: {place} is not the same" for place in wrong[:5]]
-            found.runs, number = found.runs + 1, number + 1
-            shutil.rmtree(run_dir)
-            run_dir = folder / f"run{number}"
+    found, tries, name = Operations(), Counter[tuple[str, str]](), ""
+    waiting, number = list(kinds), 0
+    run_dir = folder / "run0"
+    with stage_progress("file operations", len(kinds), "kinds", console=build_console(True)) as bar:
+        while waiting:
+            call, kind = waiting[0]
+            fresh = not run_dir.exists()
+            fired, code, said = _fail_one(server, job, run_dir, folder, call, kinds[call, kind])
+            name = f"{call} {kind}"
+            tries[call, kind] += 1
+            if fired:
+                _judge(found, name, code, said)
+            elif fresh or tries[call, kind] > 1:
+                found.not_reached.append(name)
+            if fired or name in found.not_reached:
+                waiting.pop(0)
+                bar.advance(1, name)
+            if code == 0 or code is None:  # at its end, or it hung
+                wrong = differences(snapshot(whole), snapshot(run_dir)) if code == 0 else []
+                for place in wrong[:5]:
+                    found.blame(f"after {name}: {place} is not the same")
+                found.runs, number = found.runs + 1, number + 1
+                shutil.rmtree(run_dir)
+                run_dir = folder / f"run{number}"
+    if run_dir.exists():  # the last one, which has not come to its end yet
+        server.start(job.words(run_dir), folder / "log.last")
+        code = server.wait(WITHIN_S)
+        for place in differences(snapshot(whole), snapshot(run_dir))[:5]:
+            found.blame(f"after {name}: {place} is not the same (it ended with {code})")
+        found.runs += 1
     return {
         "kinds": len(kinds),
         "failed": sum(found.ends.values()),
@@ -92,7 +109,7 @@ def _judge(found: Operations, name: str, code: int | None, said: str) -> None:
         found.ends["did without"] += 1
     else:
         found.ends["failed"] += 1
-        found.problems.append(f"{name}: ended with {code}; {' '.join(words)} {said[-300:]!r}")
+        found.blame(f"{name}: ended with {code}; {' '.join(words)} {said[-300:]!r}")
 
 
 def trace(server: Server, job: Job, folder: Path) -> dict[tuple[str, str], str]:

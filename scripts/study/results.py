@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from study.user import WISHES
 
 from drift_jax.evaluation.bootstrap import ratio_interval
 from drift_jax.evaluation.figures import draw_lines
-from drift_jax.evaluation.intervals import Interval, mean_interval
+from drift_jax.evaluation.intervals import Interval, mean_interval, score_interval
 from drift_jax.files import write_json
 from drift_jax.telemetry import read_metrics
 
@@ -31,6 +32,8 @@ PANELS = {
     "theory/bound": "its bound by Lemma 1",
 }
 _TABLE = ("satisfied", "short", "on_topic", "words", "distinct_2", "self_similarity", "kl", "margin", "grad_norm")
+
+_SHARES = ("satisfied", *WISHES)  # means of yes and no
 
 Cell = dict[str, Any]  # value, interval, seeds: of a metric, a method and an iteration
 
@@ -115,7 +118,9 @@ def _cells(measured: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, An
     cells = {}
     for metric in measured[0]["per_prompt"]:
         values, before = (np.array([one["per_prompt"][metric] for one in of]) for of in (measured, base))
-        cells[metric] = _cell(values.mean(axis=1), _over_prompts(values.mean(axis=0)))
+        by_prompt = values.mean(axis=0)
+        interval = _listed(score_interval(by_prompt)) if metric in _SHARES else _over_prompts(by_prompt)
+        cells[metric] = _cell(values.mean(axis=1), interval)
         gains = (values - before).mean(axis=0)
         cells[metric]["gain"] = {"value": float(gains.mean()), "interval": _over_prompts(gains) if k else [0.0, 0.0]}
     for metric in measured[0]["draws"]:
