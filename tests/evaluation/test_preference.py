@@ -239,9 +239,9 @@ def test_values_that_hardly_vary_have_a_finite_interval() -> None:
     values[7] = 1.0
     low, high = ratio_interval(values) or (np.nan, np.nan)
     assert low < 0.02 < high < 1
-    # Two rows of many: a resample without them has no spread, whatever rounding leaves of it.
+    # Three rows of many: a resample without them has no spread, whatever rounding leaves of it.
     few = np.zeros(32)
-    few[[3, 17]] = 1 / 6
+    few[[0, 5, 10]] = 1 / 6, 1 / 6, 1 / 3
     low, high = ratio_interval(few) or (np.nan, np.nan)
     assert low < few.mean() < high < 0.2
     assert ratio_interval(values[:1]) is None and ratio_interval(values, np.zeros(50)) is None
