@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -157,11 +158,11 @@ def apply_gradients(
     # for which it copies them at every update.
     after = jnp.where(changed < 0, jnp.nan, norm)
     moved, moments = updates(after)
-    new = optax.apply_updates(params, moved), moments
+    weights = optax.apply_updates(params, moved)
     if config.on_nonfinite == "skip":
-        finite = jnp.isfinite(norm)
-        new = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, (params, opt_state))
-    return Update(*new, norm, changed)
+        keep = partial(jnp.where, jnp.isfinite(norm))
+        weights, moments = jax.tree.map(keep, (weights, moments), (params, opt_state))
+    return Update(weights, moments, norm, changed)
 
 
 def first_moving_update(config: TrainConfig) -> int:
