@@ -35,6 +35,8 @@ LoggedSide = Literal["chosen", "rejected"]  # where the logged reply stands: of 
 RecordT = TypeVar("RecordT")
 
 LONGEST_ROW = 64 << 20  # bytes; a row that is longer is no row of a dialogue
+# Characters of a dialogue's messages, about a million tokens. A tokenizer takes 240 bytes of memory for each.
+LONGEST_DIALOGUE = 4 << 20
 ROLES = ("system", "user", "assistant")
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
 _PAIR_KEYS = ("prompt", "chosen", "rejected")
@@ -302,6 +304,7 @@ def _logged_problems(side: LoggedSide, row: Row) -> list[str]:
         + _prompt_problems(row.get("prompt", _ABSENT))
         + _reply_problems(row.get(side, _ABSENT), side)
         + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
+        + _length_problems(row, _logged_keys(side))
         + _id_problems(row, "id")
     )
 
@@ -313,6 +316,7 @@ def _pair_problems(row: Row) -> list[str]:
         + _prompt_problems(row.get("prompt", _ABSENT))
         + _reply_problems(row.get("chosen", _ABSENT), "chosen")
         + _reply_problems(row.get("rejected", _ABSENT), "rejected")
+        + _length_problems(row, _PAIR_KEYS)
         + _id_problems(row, "id")
         + (
             _id_problems(meta, "id", "meta.")
@@ -378,6 +382,16 @@ def _message_problems(message: Any, where: str, role: str | None = None) -> list
     elif not content.strip():
         problems.append(f"{where}.content is empty")
     return problems
+
+
+def _length_problems(row: Row, keys: tuple[str, ...]) -> list[str]:
+    parts = [row.get(key) for key in keys]
+    messages = [message for part in parts for message in (part if isinstance(part, list) else [part])]
+    texts = [message.get("content") for message in messages if isinstance(message, dict)]
+    total = sum(len(text) for text in texts if isinstance(text, str))
+    if total <= LONGEST_DIALOGUE:
+        return []
+    return [f"the messages have {total:,} characters, at most {LONGEST_DIALOGUE:,} are read: this is no dialogue"]
 
 
 def _id_problems(row: Row, key: str, prefix: str = "") -> list[str]:

@@ -240,6 +240,24 @@ def test_bad_dsat_rows_are_named(line: Any, why: str, tmp_path: Path) -> None:
     assert re.match(why, rows.skipped[0][1])
 
 
+@pytest.mark.parametrize("kind", ["dsat", "pair"])
+def test_a_row_that_is_no_dialogue_is_refused_by_its_length(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All messages together count, as all are tokenised together."""
+    monkeypatch.setattr(records, "LONGEST_DIALOGUE", 300)
+    turns = [{"role": role, "content": "x" * 60} for role in ("user", "assistant", "user")]
+    make, read = {"dsat": (dsat_row, read_dsat), "pair": (pair_row, read_pairs)}[kind]
+    last = {"dsat": "rejected", "pair": "chosen"}[kind]
+    longer = [turns[0], turns[1], {"role": "user", "content": "x" * 200}]
+    path = write_lines(tmp_path / "d.jsonl", make(prompt=turns), make(prompt=longer))
+    with pytest.raises(BadRowsError, match=r":2: the messages have 3\d\d characters, at most 300 are read"):
+        read(path)
+    write_lines(path, make(prompt=turns, **{last: [{"role": "assistant", "content": "x" * 290}]}))
+    with pytest.raises(BadRowsError, match=r":1: the messages have 4\d\d characters"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from drift_jax.config import load_config
 from drift_jax.manifest import Manifest
 from drift_jax.telemetry import read_metrics
 from drills.kills import RUNS_WITHIN_S, run_whole
@@ -31,6 +32,7 @@ from drills.server import Server
 
 Figures = dict[str, Any]
 REFUSED = 2  # exit code of an error that is told in words
+MOST_TIMES = 10  # memory that bad input may take, in its own size
 
 
 class Drill:
@@ -202,40 +204,33 @@ def nonfinite(job: Job, folder: Path) -> Figures:
 
 
 def big_row(job: Job, folder: Path, size: int = 50 * 10**6) -> Figures:
-    """A single record whose complaint has 50 MB: counted, and everything else as without it."""
+    """A single record whose complaint has 50 MB: refused by its line and in little memory, or left out and counted."""
     with serving(job, folder) as (server, _):
-        source = next(
-            c.split("=", 1)[1] for c in (*_data(job), "data.dsat=data/sample/dsat.jsonl") if "data.dsat=" in c
-        )
-        rows = Path(source).read_text(encoding="utf-8").splitlines()
-        row = json.loads(rows[-1])
-        row["id"] = "big"
+        given = [change.partition("=")[2] for change in job.changes if change.startswith("data.dsat=")]
+        source = Path(given[0] if given else load_config(job.config).data.dsat or "")
+        rows = source.read_text(encoding="utf-8").splitlines()
+        row = json.loads(rows[-1]) | {"id": "big"}
         row["prompt"][-1]["content"] = "word " * (size // 5)
         path = folder / "dsat.jsonl"
         path.write_text("\n".join([*rows[:8], json.dumps(row), *rows[8:], ""]), encoding="utf-8")
         drill = Drill(server, Job(job.config, (*job.changes, f"data.dsat={path}")), folder)
-        start = time.monotonic()
+        before = psutil.Process(server.process.pid).memory_info().rss
         drill.start()
         with _peak(server) as peak:
             code = server.wait(RUNS_WITHIN_S)
+        times = (peak[0] - before) / size
         drill.problems += check_words(drill.said())
-        seconds = time.monotonic() - start
-        if code not in (0, REFUSED):
-            drill.problems.append(f"it ended with {code}: {drill.said()[-300:]}")
+        if code != REFUSED or f"{path}:9: the messages have" not in drill.said():
+            drill.problems.append(f"it was not refused by its line ({code}): {drill.said()[-300:]}")
+        if times > MOST_TIMES:
+            drill.problems.append(f"refusing it took {times:.0f} times its size in memory")
+        code = drill.run("--on-bad-row", "skip")
         stages = Manifest(drill.run_dir).stages() if code == 0 else {}
-        told = [of["summary"].get("drops") for name, of in stages.items() if name.endswith(("/sample", "/pair"))]
-    return {
-        "code": code,
-        "drops": told,
-        "seconds": round(seconds, 1),
-        "peak_gib": round(peak[0] / 2**30, 2),
-        "said": [line for line in drill.said().splitlines() if "big" in line][:3],
-        "problems": drill.problems,
-    }
-
-
-def _data(job: Job) -> list[str]:
-    return [change for change in job.changes if change.startswith("data.")]
+        summaries = [of["summary"] for name, of in stages.items() if name.endswith(("/sample", "/pair"))]
+        drops = [summary["drops"]["bad row"] for summary in summaries]
+        if not drops or set(drops) != {1}:
+            drill.problems.append(f"left out it ended with {code} and was counted {drops}: {drill.said()[-300:]}")
+    return {"counted": drops, "memory_times_row": round(times, 1), "problems": drill.problems}
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def kill_and_go_on(
         if not kill(lives, found, chance):
             break
         found.moments.append(round(moment, 2))
-        witnesses.append((Witness(lives.run_dir), [len(_text(log)) for log in lives.logs]))
+        witnesses.append((Witness(lives.run_dir, len(lives.servers)), [len(_text(log)) for log in lives.logs]))
         left = max(2.0, left - moment)
     else:
         lives.start()

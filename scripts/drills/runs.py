@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,8 +124,10 @@ class Witness:
     """
 
     run_dir: Path
+    processes: int = 1
     journals: list[tuple[Path, int, bytes]] = field(default_factory=list)  # path, handle, whole lines
     checkpoints: dict[str, int] = field(default_factory=dict)  # of stages that train: newest update
+    _kept: dict[Path, Counter[Any]] = field(default_factory=dict)  # by directory, rows of its journals at the end
 
     def __post_init__(self) -> None:
         for path in sorted(self.run_dir.rglob("*.partial*.jsonl")):
@@ -145,11 +147,14 @@ class Witness:
           said: what the commands have printed since then.
         """
         lost, doubled, problems = 0, 0, []
-        for path, handle, before in self.journals:
-            now = _read(handle)
+        after = [_read(handle) for _, handle, _ in self.journals]
+        for path, data in zip((path for path, _, _ in self.journals), after, strict=True):
+            self._kept.setdefault(path.parent, Counter()).update(keys_of(path, data))
+        for (path, handle, before), now in zip(self.journals, after, strict=True):
             os.close(handle)
             had, have = keys_of(path, before), keys_of(path, now)
-            gone = len(had) if not now.startswith(before) else len(_missing(path, had, have))
+            gone = 0 if now.startswith(before) else len(had)
+            gone = gone or len(had) * self._given_up(path)
             lost, twice = lost + gone, sum(have.values()) - len(have)
             doubled += twice
             if gone or twice:
@@ -163,16 +168,16 @@ class Witness:
                 problems.append(f"{stage}: the checkpoint of update {step} was not gone on from")
         return lost, doubled, problems
 
+    def _given_up(self, path: Path) -> bool:
+        """Whether a stage has made its rows anew elsewhere: what it came to is not what its journals say.
 
-def _missing(path: Path, had: Iterable[Any], have: Mapping[Any, int]) -> list[Any]:
-    """Rows that a journal had and that its stage has made anew elsewhere: the journal was given up."""
-    result = path.with_name("completions.jsonl")
-    if not path.name.startswith("completions") or not result.is_file():
-        return []
-    # Each process has one of its own, and process 0 goes on with those of others.
-    everywhere = keys_of(result, result.read_bytes())
-    single = not path.name[len("completions.partial.")].isdigit()
-    return [*had] if single and everywhere.keys() - have.keys() else []
+        Known only where each process had its journal already.
+        """
+        result = path.with_name("completions.jsonl")
+        journals = [other for other, _, _ in self.journals if other.parent == path.parent]
+        if not path.name.startswith("completions") or not result.is_file() or len(journals) < self.processes:
+            return False
+        return bool(keys_of(result, result.read_bytes()).keys() - self._kept[path.parent].keys())
 
 
 def _read(handle: int) -> bytes:
