@@ -119,7 +119,7 @@ def _cells(measured: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, An
     for metric in measured[0]["per_prompt"]:
         values, before = (np.array([one["per_prompt"][metric] for one in of]) for of in (measured, base))
         by_prompt = values.mean(axis=0)
-        interval = _listed(score_interval(by_prompt)) if metric in _SHARES else _over_prompts(by_prompt)
+        interval = _listed(score_interval(by_prompt.tolist())) if metric in _SHARES else _over_prompts(by_prompt)
         cells[metric] = _cell(values.mean(axis=1), interval)
         gains = (values - before).mean(axis=0)
         cells[metric]["gain"] = {"value": float(gains.mean()), "interval": _over_prompts(gains) if k else [0.0, 0.0]}
