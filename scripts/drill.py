@@ -16,6 +16,7 @@ Faults:
   nonfinite   a NaN reaches a gradient, with train.on_nonfinite stop and skip
   row         a single row of 50 MB
   clock       the clock of the day jumps, back and forth
+  vllm        the engine of the vLLM server is killed (needs DRIFT_VLLM_PYTHON)
 """
 
 from __future__ import annotations
