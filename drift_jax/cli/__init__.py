@@ -36,6 +36,10 @@ app.add_typer(data.data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 
 
+def _tell(text: str) -> None:
+    build_console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
 def main() -> None:
     """Console entry point."""
     # transformers brings tokenizers and templates here; that torch is missing is no news.
@@ -44,9 +48,7 @@ def main() -> None:
         app()
     except DriftError as error:
         if is_mine_to_tell(error):
-            build_console(stderr=True).print(
-                f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
-            )
+            _tell(str(error))
         end_together(2)
     except Stopped:
         end_stopped()
@@ -56,11 +58,9 @@ def main() -> None:
             tell_lost_peer(error)
             end_together(1)
         where = f" {printable(str(error.filename))}" if error.filename else ""
-        build_console(stderr=True).print(
-            f"[bold red]error:[/] the system refuses to read or write{escape(where)}: {error.strerror}. What was "
-            "finished is kept: look at the disk, and run the same command again.",
-            soft_wrap=True,
-            highlight=False,
+        _tell(
+            f"the system refuses to read or write{where}: {error.strerror}. What was finished is kept: look at the "
+            "disk, and run the same command again."
         )
         end_together(2)
     except Exception as error:

@@ -28,7 +28,7 @@ from drift_jax.manifest import Manifest
 from drift_jax.telemetry import read_metrics
 from drills.kills import RUNS_WITHIN_S, run_whole
 from drills.operations import build_library, fail_operations
-from drills.runs import Job, Witness, check_words, count_errors, count_rows, differences, kind_of, snapshot
+from drills.runs import Job, Witness, check_words, count_errors, differences, keys_of, kind_of, snapshot
 from drills.server import Server
 
 Figures = dict[str, Any]
@@ -302,10 +302,11 @@ def killed_server(job: Job, folder: Path) -> Figures:
     problems += check_words(said)
     if code != 0 or not engines:
         problems.append(f"{len(engines)} engines were killed, and it ended with {code}: {said[-600:]}")
-    more_lost, twice = count_rows(run_dir, run_dir)
+    result = journal.with_name("completions.jsonl")
+    rows = keys_of(result, result.read_bytes()) if code == 0 else Counter()
     again = "vLLM has died and is started again" in " ".join(said.split())
     problems += [] if again else ["it does not say that vLLM has died"]
-    return {"started_again": again, "lost": lost + more_lost, "doubled": doubled + twice, "problems": problems}
+    return {"started_again": again, "lost": lost, "doubled": doubled + rows.total() - len(rows), "problems": problems}
 
 
 def operations(job: Job, folder: Path) -> Figures:

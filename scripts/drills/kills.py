@@ -26,7 +26,6 @@ class Outcome:
     lost: int = 0
     doubled: int = 0
     problems: list[str] = field(default_factory=list)
-    moments: list[float] = field(default_factory=list)  # of the kills, in seconds since the start of each life
 
 
 class Lives:
@@ -55,10 +54,6 @@ class Lives:
 
     def said(self) -> str:
         return "\n".join(log.read_text(encoding="utf-8") for log in self.logs if log.exists())
-
-    def forget(self) -> None:
-        for log in self.logs:
-            log.unlink(missing_ok=True)
 
 
 def run_whole(servers: Sequence[Server], job: Job, folder: Path) -> tuple[Path, float]:
@@ -90,7 +85,6 @@ def kill_and_go_on(
         time.sleep(moment)
         if not kill(lives, found, chance):
             break
-        found.moments.append(round(moment, 2))
         witnesses.append((Witness(lives.run_dir, len(lives.servers)), [len(_text(log)) for log in lives.logs]))
         left = max(2.0, left - moment)
     else:
