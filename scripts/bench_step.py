@@ -2,11 +2,13 @@
 
     python scripts/bench_step.py --peer trl|tunix|none [--pairs 16] [--max-length 512] [--batch-size 4]
         [--model .cache/demo_model | --shape qwen2.5-1.5b] [--data FILE] [--dtype float32|bfloat16] [--set a.b=c ...]
+        [--profile 0|N]
 
 The pairs are real: the reply that a user complained about against the reply after the complaint, cut to half of
 --max-length for the prompt and to --max-length in all. They become ids once, here, and every side gives back a hash
 of the ids that its trainer got. Each side runs alone, in a process and a Python of its own; `.venv-peers/` is filled
-at the first use (--peer-python names one that is there already).
+at the first use (--peer-python names one that is there already). A peer that fails, or is not done after --peer-limit
+seconds, leaves our figures on the line, its own null and `peer_failed` saying why; the exit code is then 1.
 
 Time (`seconds`): the reference pass and one epoch, after a warm-up that compiles; not loading weights, not tokenising.
 `compile_s` is the first run less the second. `peak_rss_gb` is the peak of the whole process, compiling included, in
@@ -17,6 +19,8 @@ prompt (once) and completions 2 FLOPs a weight of the layers' matmuls, per compl
 per query 4 * width of heads for every position it sees, in every layer; all that once for the reference pass and three
 times for forward and backward. `mfu` is relative to the dense bfloat16 peak of the device; null where that is unknown
 or the compute is float32.
+
+--profile N runs our side once more under JAX's profiler and says on stderr which N kernels took the most time.
 """
 
 from __future__ import annotations
@@ -80,11 +84,14 @@ Ids = dict[str, list[int]]
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        print(json.dumps(run_benchmark(args)))
+        row = run_benchmark(args)
     except (DriftError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(json.dumps(row))
+    if row["peer_failed"]:
+        print(f"error: {row['peer_failed']}", file=sys.stderr)
+    return 1 if row["peer_failed"] else 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -109,6 +116,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trl-checkpointing", choices=("on", "off"), default="on", help="on is TRL's own default; off: faster, larger"
     )
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer, instead of .venv-peers/")
+    parser.add_argument("--peer-limit", type=float, help="seconds after which the peer is stopped")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="kernels of ours to list by their time")
     parser.add_argument("--venvs", type=Path, default=REPO / ".venv-peers", help="where peers are installed")
     args = parser.parse_args(argv)
     args.peer_micro_batch = args.peer_micro_batch or (1 if args.peer == "tunix" else args.batch_size)
@@ -123,7 +132,7 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Runs both sides, one after the other.
 
     Raises:
-      PeerError: a side fails, or its trainer got other ids.
+      PeerError: our side fails, or a trainer got other ids.
       DriftError: the data or the model cannot be read.
     """
     pairs, data = load_ids(args)
@@ -142,17 +151,21 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
             precompute=args.trl_reference == "before",
             gradient_checkpointing=args.trl_checkpointing == "on",
             overrides=args.set,
+            profiled_kernels=args.profile,
         )
         flops = useful_flops(load_qwen_config(model), pairs)
         # The loader shuffles; peers take the pairs as they come, so they get them in its order.
         order = epoch_order(len(pairs), args.seed, 0)
         shuffled = dataclasses.replace(task, pairs=[pairs[i] for i in order])
         ours = run_side("ours.py", Path(sys.executable), task, Path(temporary))
-        theirs = None
+        theirs, failed = None, None
         if args.peer != "none":
-            python = args.peer_python or peer_python(args.peer, args.venvs)
-            theirs = run_side(SIDES[args.peer], python, shuffled, Path(temporary))
-    return describe_run(args, data) | compare(args, ours, theirs, pairs, flops)
+            try:
+                python = args.peer_python or peer_python(args.peer, args.venvs)
+                theirs = run_side(SIDES[args.peer], python, shuffled, Path(temporary), args.peer_limit)
+            except SideError as error:  # what ours took is worth keeping
+                failed = str(error)
+    return describe_run(args, data) | compare(args, ours, theirs, pairs, flops) | {"peer_failed": failed}
 
 
 def load_ids(args: argparse.Namespace) -> tuple[list[Ids], str]:
@@ -199,16 +212,24 @@ def useful_flops(config: QwenConfig, pairs: list[Ids]) -> float:
     return 4 * sum(forward_flops(config, *(len(pair[name]) for name in PART_NAMES)) for pair in pairs)
 
 
-def run_side(script: str, python: Path, task: Task, folder: Path) -> dict[str, Any]:
-    """One side in a process of its own. Raises `PeerError` when it fails or its trainer got other ids."""
+class SideError(PeerError):
+    """A side ended without a result."""
+
+
+def run_side(script: str, python: Path, task: Task, folder: Path, limit_s: float | None = None) -> dict[str, Any]:
+    """One side in a process of its own. Raises `SideError` when it fails, `PeerError` if its trainer got other ids."""
     file = folder / "task.json"
     file.write_text(json.dumps(dataclasses.asdict(task)))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [str(python), str(REPO / "scripts" / "peers" / script), str(file)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    say(f"{script}: begins")
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment, timeout=limit_s)
+    except subprocess.TimeoutExpired as error:
+        raise SideError(f"{script} was not done after {limit_s:g} s.") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise PeerError(f"{script} ended with {done.returncode}; what it said is above.")
+        raise SideError(f"{script} ended with {done.returncode}; what it said is above.")
     result = json.loads(lines[-1])
     if result["fed"] != hash_pairs(task.pairs):
         raise PeerError(f"{script}: its trainer got other ids than it was handed.")

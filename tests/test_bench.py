@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -48,11 +49,14 @@ def beside_trl(model_dir: Path) -> dict[str, Any]:
     """Two real pairs, an update each, on both sides."""
     command = [sys.executable, str(SCRIPT), "--peer", "trl", "--peer-python", sys.executable, "--pairs", "2"]
     command += ["--batch-size", "1", "--max-length", "64", "--model", str(model_dir), "--learning-rate", "1e-3"]
+    command += ["--profile", "5"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 1
+    kernels = [line for line in done.stderr.splitlines() if re.search(r" ms +\d+ times ", line)]
+    assert len(kernels) == 5, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
@@ -62,7 +66,7 @@ def test_a_line_has_both_sides(beside_trl: dict[str, Any]) -> None:
     for name in MEASURES:
         assert isinstance(line[name], float) and isinstance(line["peer_" + name], float), name
     keys = {"mfu", "peak_device_gb", "max_length", "batch_size", "dtype", "device", "versions", "commit", "data"}
-    assert keys <= set(line)
+    assert keys <= set(line) and line["peer_failed"] is None
     assert line["peer"] == "trl" and line["pairs"] == 2 and line["device"] == "cpu" and line["mfu"] is None
     assert line["ratio"] == pytest.approx(line["pairs_per_s"] / line["peer_pairs_per_s"], rel=1e-2)
     assert line["peer_versions"]["trl"] and line["versions"]["jax"]
@@ -171,8 +175,34 @@ def test_a_side_that_got_other_ids_is_refused(bench: Any, task: Any, tmp_path: P
     with pytest.raises(bench.PeerError, match="other ids than it was handed"):
         bench.run_side(str(side), python, task, tmp_path)
     side.write_text("raise SystemExit(3)")
-    with pytest.raises(bench.PeerError, match="ended with 3"):
+    with pytest.raises(bench.SideError, match="ended with 3"):
         bench.run_side(str(side), python, task, tmp_path)
+    side.write_text("import time; time.sleep(60)")
+    with pytest.raises(bench.SideError, match="not done after 0.2 s"):
+        bench.run_side(str(side), python, task, tmp_path, 0.2)
+
+
+def test_what_ours_took_outlives_a_peer_that_fails(
+    bench: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = {"seconds": 2.0, "device": "cpu", "peak_rss_gb": 1.0, "loss": 0.5}
+
+    def run(script: str, *_: Any) -> dict[str, Any]:
+        if script == "ours.py":
+            return side
+        raise failure
+
+    monkeypatch.setattr(bench, "run_side", run)
+    words = ["--peer", "trl", "--peer-python", "p", "--pairs", "4", "--max-length", "64", "--model", str(model_dir)]
+    failure = bench.SideError("trl_dpo.py ended with 9")
+    assert bench.main(words) == 1
+    told = capsys.readouterr()
+    line = json.loads(told.out)
+    assert line["peer_failed"] == "trl_dpo.py ended with 9" in told.err
+    assert (line["pairs_per_s"], line["peer_pairs_per_s"], line["ratio"]) == (2.0, None, None)
+    failure = bench.PeerError("its trainer got other ids")  # then neither side's figures are worth anything
+    assert bench.main(words) == 2
+    assert not capsys.readouterr().out
 
 
 def test_the_hash_looks_at_pairs_not_at_their_order(bench: Any, task: Any) -> None:

@@ -11,12 +11,14 @@ import importlib.metadata
 import json
 import resource
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+_BEGAN = time.monotonic()
 PART_NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -40,6 +42,7 @@ class Task:
     precompute: bool = True  # TRL: reference log-probs before the epoch, instead of a second model in the step
     gradient_checkpointing: bool = False  # TRL
     overrides: list[str] = field(default_factory=list)  # of our config, `a.b=c`
+    profiled_kernels: int = 0  # of ours, to be listed by their time; 0: no profile
 
     @property
     def steps(self) -> int:
@@ -117,4 +120,5 @@ def installed_versions(*packages: str) -> dict[str, str]:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """A line of progress, with the seconds since this process began."""
+    print(f"[{time.monotonic() - _BEGAN:.0f} s] {message}", file=sys.stderr, flush=True)

@@ -6,8 +6,11 @@ Reference pass and epoch run twice, from the same weights: the first run compile
 from __future__ import annotations
 
 import os
+import re
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,25 @@ def run_epoch(config: RunConfig, trainer: Any, pairs: list[TokenizedPair], steps
     return {"seconds": seconds, "reference_seconds": reference_seconds, "rows": rows, "loader": loader}
 
 
+def list_kernels(count: int, run: Callable[[], Any]) -> None:
+    """Says which kernels of a device took the most time in `run`; on a CPU, which of XLA's instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+        # A device's plane if there is one: the host's then holds waiting, not work.
+        planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
+        lines = [line for plane in planes for line in plane.lines]
+        events = [event for line in lines for event in line.events if not event.name.startswith("$")]  # not Python's
+        times: dict[str, list[float]] = {}
+        for event in events:
+            times.setdefault(re.sub(r"[._]\d+", "", event.name), []).append(event.duration_ns / 1e6)
+    say(f"drift_jax: {sum(map(sum, times.values())):.0f} ms in all, of which")
+    for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:count]:
+        say(f"  {sum(each):9.1f} ms {len(each):6d} times {name[:120]}")
+
+
 def main() -> None:
     task = read_task()
     config = make_config(task)
@@ -76,6 +98,8 @@ def main() -> None:
     say(f"drift_jax: {first['seconds']:.1f} s with compiling")
     second = run_epoch(config, trainer, pairs, task.steps)
     say(f"drift_jax: {second['seconds']:.1f} s, reference pass {second['reference_seconds']:.1f} s")
+    if task.profiled_kernels:
+        list_kernels(task.profiled_kernels, lambda: run_epoch(config, trainer, pairs, task.steps))
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     real = sum(len(pair[name]) for pair in task.pairs for name in PART_NAMES)
