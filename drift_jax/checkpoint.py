@@ -8,7 +8,6 @@ since is found out (`newest_whole`).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -22,10 +21,12 @@ from typing import Any, final
 
 import orbax.checkpoint as ocp
 import xxhash
+from typing_extensions import TypedDict
 
 from drift_jax.distributed import is_lost_peer, on_main
-from drift_jax.errors import StageError
+from drift_jax.errors import DataError, StageError
 from drift_jax.files import sync_directory, write_json
+from drift_jax.reading import check_form, read_json
 
 CHECKSUMS_FILE = "checksums.json"
 _META = "meta"
@@ -221,6 +222,17 @@ def seal(checkpoint: Path) -> None:
         sync_directory(directory)
 
 
+class _Sum(TypedDict):
+    bytes: int
+    xxh3_128: str  # in hex
+
+
+class _Sums(TypedDict):
+    """CHECKSUMS_FILE, by path in the checkpoint."""
+
+    files: dict[str, _Sum]
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is not as it was written, or None. A checkpoint without checksums, of before there were any, is believed."""
     path = checkpoint / CHECKSUMS_FILE
@@ -229,8 +241,8 @@ def find_damage(checkpoint: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        sums = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        sums = check_form(_Sums, read_json(path, "", most=None), str(path), "")["files"]
+    except DataError:
         return f"{CHECKSUMS_FILE} is not what was written"
 
     def look(name: str) -> str | None:

@@ -79,7 +79,8 @@ def test_a_broken_file_is_one_error_and_its_valid_twin_is_none(
     assert code == 2, said
     assert any(line == expected or (expected != begins and line.startswith(begins)) for line in lines), said
     assert "Traceback" not in out + err
-    assert picture(work) == before, "something was written"
+    after = picture(work)
+    assert after == before, f"something was written: {sorted(dict(after.items() ^ before.items()))}"
 
 
 def test_every_file_is_a_case_and_every_case_has_a_file() -> None:

@@ -73,8 +73,10 @@ def load_mixture(mixture: DatasetMixture, out_dir: Path, on_bad_row: OnBadRow = 
     splits = dict(zip(("train", "test"), _mix(mixture, tables), strict=True))
     if not splits["train"]:
         raise DataError("the shares of the mixture leave no row to train on. Raise them, or give larger datasets.")
+    # The rows are written once to be read as pairs: where they will lie, which is where there is room for them.
+    scratch = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.is_dir())
+    ready = {split: _read_rows(places, tables, on_bad_row, scratch) for split, places in splits.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
-    ready = {split: _read_rows(places, tables, on_bad_row, out_dir) for split, places in splits.items()}
     for split, rows in ready.items():
         path = out_dir / f"pairs.{split}.jsonl"
         if rows.pairs:

@@ -20,9 +20,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import read_api_key
@@ -30,8 +32,8 @@ from drift_jax.errors import DataError, StageError
 from drift_jax.evaluation.intervals import score_interval
 from drift_jax.evaluation.report import Report, Section, number, with_interval
 from drift_jax.files import atomic_writer, write_json
-from drift_jax.reading import read_text
-from drift_jax.yaml_files import parse_yaml
+from drift_jax.reading import check_form
+from drift_jax.yaml_files import read_yaml
 
 LC_MISSING = "not computed: needs df_gamed.csv"
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # of the published table of AlpacaEval 2
@@ -115,7 +117,7 @@ def build_outputs(prompts: Sequence[Mapping[str, Any]], outputs: Sequence[str], 
 
 
 def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Raises `DataError` unless every row has an instruction, and no two have the same."""
+    """Raises `DataError` unless every row has an instruction."""
     bad = [i for i, row in enumerate(rows, 1) if not isinstance(row.get("instruction"), str)]
     if bad:
         raise DataError(f"{source}: rows {', '.join(map(str, bad[:20]))} have no instruction.")
@@ -230,23 +232,37 @@ def _environment(judge: JudgeConfig) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class _Annotator(TypedDict):
+    """Of configs.yaml, as far as it is read here."""
+
+    prompt_template: str
+    completions_kwargs: dict[str, Any]
+
+
+def read_annotator(folder: Path, name: str) -> dict[str, Any]:
+    """configs.yaml of an annotator.
+
+    Raises:
+      DataError: it is not there, or none.
+      ConfigError: it is not YAML.
+    """
+    path = folder / "configs.yaml"
+    remedy = "An annotator of alpaca-eval is a name with prompt_template and completions_kwargs."
+    if not path.exists():
+        raise DataError(f"{name!r} is no annotator of alpaca-eval: {path} is not there. {remedy}")
+    return check_form(Annotated[dict[str, _Annotator], Field(min_length=1)], read_yaml(path), str(path), remedy)
+
+
 def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir: Path) -> Path:
     """The package's annotator with the judge's name for its model: the directory `out_dir/annotator`."""
     shipped = Path(package.constants.EVALUATORS_CONFIG_DIR)
-    source = Path(annotator) if Path(annotator).is_dir() else shipped / annotator
-    try:
-        raw = parse_yaml(read_text(source / "configs.yaml"))
-        for config in raw.values():
-            config["completions_kwargs"]["model_name"] = judge.model
-            # OpenAI's names alone are known as chat models to the package.
-            config["completions_kwargs"]["requires_chatml"] = True
-            template = Path(config["prompt_template"])
-            config["prompt_template"] = str(template if template.is_absolute() else shipped / template)
-    except (DataError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{annotator!r} is no annotator of alpaca-eval ({type(error).__name__}: {error}): its configs.yaml needs a "
-            "name with prompt_template and completions_kwargs."
-        ) from None
+    raw = read_annotator(Path(annotator) if Path(annotator).is_dir() else shipped / annotator, annotator)
+    for config in raw.values():
+        config["completions_kwargs"]["model_name"] = judge.model
+        # OpenAI's names alone are known as chat models to the package.
+        config["completions_kwargs"]["requires_chatml"] = True
+        template = Path(config["prompt_template"])
+        config["prompt_template"] = str(template if template.is_absolute() else shipped / template)
     folder = out_dir / "annotator"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_writer(folder / "configs.yaml") as file:

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
 import numpy as np
 from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt
+from typing_extensions import TypedDict
 
 from drift_jax import stopping
 from drift_jax.data.pairs import TokenizedPair
@@ -45,6 +47,17 @@ def journal_path(path: Path) -> Path:
     return path.with_name("ref_logps.partial.jsonl")
 
 
+_BothSides = Annotated[list[float], Field(min_length=2, max_length=2)]  # chosen, rejected
+
+
+class _Row(TypedDict):
+    """Of the journal."""
+
+    pair: NonNegativeInt  # its place in the pass
+    tokens: str  # the beginning of their hash
+    logps: Annotated[list[_BothSides], Field(min_length=2, max_length=2)]  # of all tokens, of the last ones; nats
+
+
 @final
 class RefJournal:
     """Log-probs of a reference pass as they come, in `ref_logps.partial.jsonl`, so that a pass that was ended goes on.
@@ -62,7 +75,7 @@ class RefJournal:
 
     def __enter__(self) -> RefJournal:
         def read() -> bytes:
-            self._journal = Journal(journal_path(self._path))
+            self._journal = Journal(journal_path(self._path), _Row)
             for row in self._journal.rows:
                 if row["pair"] < len(self._pairs) and row["tokens"] == self._hashes[row["pair"]]:
                     self._found[row["pair"]] = row["logps"]

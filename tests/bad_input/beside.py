@@ -113,6 +113,24 @@ def _trained(work: Path) -> None:
         write_jsonl(out / "metrics.jsonl", [{"step": 1, "loss": 0.69, "rewards/margins": 0.0, "logps/chosen": -9.0}])
 
 
+def _interrupted(work: Path) -> None:
+    """`drift train` that was stopped in its reference pass: the next call goes on from what is known."""
+    _trained(work)
+    shutil.rmtree(work / "out" / "checkpoints" / "1")
+    for name in ("ref_logps.npz", "ref_logps.kept.npz", "metrics.jsonl"):
+        (work / "out" / name).unlink()
+
+
+def _mixture(work: Path) -> None:
+    """A model, and a DPO file of alignment-handbook that names a directory of pairs."""
+    _model(work)
+    handbook = {"model_name_or_path": "model", "dataset_mixer": {"dataset": 1.0}, "dataset_splits": ["train"]}
+    handbook |= {"beta": 0.1, "max_length": 64, "max_prompt_length": 32, "output_dir": "out", "max_steps": 1}
+    (work / "dpo.yaml").write_text(yaml.safe_dump(handbook | {"bf16": False}))
+    (work / "dataset").mkdir()
+    write_pairs(work / "dataset" / "train.jsonl", 8)
+
+
 def _run(work: Path) -> None:
     """A run of two iterations with a policy at its end, as `drift report`, `card` and `evaluate compare` take it."""
     write_run(work / "run", pairs=12, theory=True)
@@ -199,6 +217,8 @@ FILLERS: dict[str, Callable[[Path], None]] = {
     "disk": _disk,
     "sampled": _sampled,
     "trained": _trained,
+    "interrupted": _interrupted,
+    "mixture": _mixture,
     "run": _run,
     "outputs": _outputs,
     "wildbench": _wildbench,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from drift_jax.evaluation.alpaca_eval import LC_MISSING
+from drift_jax.errors import DriftError
+from drift_jax.evaluation.alpaca_eval import LC_MISSING, read_annotator
 from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.http_servers import Answer, serve
 
@@ -120,3 +121,27 @@ def test_without_the_package(tmp_path: Path, drift: Drift) -> None:
     words = ["--annotate", "--reference-outputs", ours, "--out", tmp_path / "out", *judge]
     code, _, err = drift("evaluate", "alpaca-eval", ours, *words)
     assert code == 2 and "pip install 'drift-jax[alpaca-eval]'" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "'mine' is no annotator of alpaca-eval: {path} is not there"),
+        ("", "{path} must hold `key: value` lines, found nothing"),
+        ("mine: [a", "{path} is not a YAML file"),
+        ("{}", "{path} has another form: it: Dictionary should have at least 1 item"),
+        ("mine: template", "{path} has another form: mine: Input should be a valid dictionary, found 'template'"),
+        ("mine: {completions_kwargs: {}}", "{path} has another form: mine.prompt_template: Field required"),
+        (
+            "mine: {prompt_template: t, completions_kwargs: 3}",
+            "{path} has another form: mine.completions_kwargs: Input",
+        ),
+    ],
+)
+def test_what_is_no_annotator(text: str | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "configs.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DriftError) as caught:
+        read_annotator(tmp_path, "mine")
+    assert str(caught.value).startswith(says.format(path=path))
