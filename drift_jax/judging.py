@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,12 +25,9 @@ from drift_jax.errors import DataError, EndpointError, StageError
 from drift_jax.journal import Journal
 from drift_jax.judge import Judge, MalformedError, Tokens, Verdict
 from drift_jax.progress import stage_progress
-from drift_jax.stopping import Stopped
+from drift_jax.stopping import Stopped, late_answers
 
 T = TypeVar("T")
-K = TypeVar("K")
-
-_LAST_ANSWERS_S = 8  # for answers that are on their way when the run is to stop
 
 
 class _Row(TypedDict):
@@ -200,14 +197,6 @@ def _ask_missing(
             markup=False,
         )
     return failures, lost
-
-
-def late_answers(pool: ThreadPoolExecutor, futures: Mapping[Future[T], K]) -> dict[K, T]:
-    """What is answered while the run is to stop: it is paid for, but it is not waited for as long as it may take."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    # Those that were never begun do not count as done for `wait`.
-    done, _ = wait([future for future in futures if not future.cancelled()], timeout=_LAST_ANSWERS_S)
-    return {futures[f]: f.result() for f in done if f.exception() is None}
 
 
 def _row(key: str, question: Question[Any], config: JudgeConfig) -> dict[str, Any]:

@@ -14,16 +14,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that was asked to stop
 _SAME_S = 0.5  # signals that follow so soon are one: a launcher and a terminal may both send it
 _TOGETHER_S = 10  # how long processes wait for each other before they end
 _LOOK_S = 0.25  # between two looks at what the other processes have said
+_AGAIN_S = 0.05  # until what swallowed a request is over
+_LAST_ANSWERS_S = 8  # for answers that are on their way when the run is to stop
 _KEY, _CALLS = "drift_jax/stop", "drift_jax/stop_calls"
 
 
@@ -61,9 +68,20 @@ def heed_signals() -> Iterator[None]:
             n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN
         ]
         before = {number: signal.signal(number, _on_signal) for number in numbers}
+    shown = sys.unraisablehook
+
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        if issubclass(what.exc_type, Stopped):
+            _start(_ask_again, _note)
+        else:
+            shown(what)
+
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        if sys.unraisablehook is lost:  # else somebody's has it in hand, and passes on what is not theirs
+            sys.unraisablehook = shown
         _note.over.set()
         # Python ends a thread inside the service's client by an exception, which C++ takes for a reason to abort.
         for thread in _note.threads:
@@ -143,6 +161,14 @@ def reached() -> bool:
         return _note.stop_at is not None and _note.calls >= _note.stop_at
 
 
+def late_answers(pool: ThreadPoolExecutor, futures: Mapping[Future[T], K]) -> dict[K, T]:
+    """What is answered while the run is to stop: it is paid for, but it is not waited for as long as it may take."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    # Those that were never begun do not count as done for `wait`.
+    done, _ = wait([future for future in futures if not future.cancelled()], timeout=_LAST_ANSWERS_S)
+    return {futures[f]: f.result() for f in done if f.exception() is None}
+
+
 def leave_together() -> None:
     """Waits for the other processes to be about to end as well; not for ever, as they may be gone."""
     import jax
@@ -179,6 +205,13 @@ def _may_raise() -> bool:
 def _raise() -> None:
     _note.raised = True
     raise Stopped
+
+
+def _ask_again(note: _Note) -> None:
+    """The signal came while Python called something whose errors nobody gets, such as a callback of its collector."""
+    note.raised = False
+    if not note.over.wait(_AGAIN_S):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _announce(note: _Note) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from drift_jax import judging, stopping
+from drift_jax import stopping
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Retry
 from drift_jax.errors import StageError
@@ -82,14 +82,14 @@ def test_a_cache_that_was_torn_is_gone_on_with(tmp_path: Path) -> None:
 def test_a_stop_keeps_the_answers_that_are_there_and_those_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, wait = tmp_path / "v.jsonl", judging.wait
+    cache, wait = tmp_path / "v.jsonl", stopping.wait
 
     def only_for_answers(futures: Any, timeout: float) -> Any:
         done, left = wait(futures, timeout)
         assert not left, "a question that was never asked has no answer to wait for"
         return done, left
 
-    monkeypatch.setattr(judging, "wait", only_for_answers)
+    monkeypatch.setattr(stopping, "wait", only_for_answers)
 
     def verdict(prompt: str) -> dict[str, Any]:
         if len(small.seen) == 6:

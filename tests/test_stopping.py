@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,12 +16,14 @@ from drift_jax.stopping import Stopped
 
 @pytest.fixture(autouse=True)
 def heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Also where the tests run in the background of a shell, which has all its children ignore Ctrl-C."""
+    """Also where the tests run in the background of a shell, whose children ignore Ctrl-C, or by nohup."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    closed = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stopping.heed_signals():
         yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, closed)
 
 
 def send(number: signal.Signals) -> None:
@@ -64,3 +68,32 @@ def test_two_senders_of_one_ctrl_c_are_one() -> None:
     with pytest.raises(Stopped), stopping.held():
         send(signal.SIGINT)
         send(signal.SIGINT)
+
+
+class Collected:
+    """Python shows errors of `__del__`, and of callbacks of its collector, and goes on."""
+
+    def __del__(self) -> None:
+        send(signal.SIGTERM)
+        time.sleep(0)  # a handler runs between two steps of Python
+
+
+def test_a_request_that_comes_where_errors_are_lost_is_made_again() -> None:
+    with pytest.raises(Stopped):
+        Collected()
+        time.sleep(10)
+
+
+def test_what_else_is_lost_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.exc_type))
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError
+
+    with stopping.heed_signals():
+        Broken()
+    Broken()
+    assert lost == [ValueError, ValueError]
+    assert not stopping.asked()

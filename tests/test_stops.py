@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from drift_jax.checkpoint import CHECKSUMS_FILE, find_damage
+from drift_jax.stages.journal import read_completions
 from drift_jax.stopping import STOPPED
 from drift_jax.telemetry import read_metrics
 from tests.cli_runs import model_dir, write_yaml  # noqa: F401
 from tests.processes import finish, free_port, start_one
 from tests.test_kill import Server, server  # noqa: F401
-from tests.tiny_pairs import write_pairs
+from tests.tiny_pairs import write_dsat, write_pairs
 
 TIME = ("tokens_per_second",)  # columns that no two runs share
 UPDATES = 24
@@ -131,3 +132,39 @@ def test_two_processes_stop_at_the_same_update(tmp_path: Path, model_dir: Path) 
     assert find_damage(out / "checkpoints" / str(step)) is None
     assert (out / "checkpoints" / str(step) / CHECKSUMS_FILE).exists()
     assert json.loads((out / "manifest.json").read_text())["stages"]["train"]["finished"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_while_they_sample_go_on(tmp_path: Path, model_dir: Path) -> None:
+    """One of them is asked to; both end. What they had drawn is not drawn again, and all is as if nothing had been."""
+    raw = {
+        "run_dir": "unused",
+        "model": {"path": "unused", "compute_dtype": "float32"},
+        "data": {"test_rows": 0},
+        "sampling": {"max_new_tokens": 100, "batch_size": 2, "compute_dtype": "float32", "max_input_length": 200},
+    }
+    config, data = write_yaml(tmp_path / "config.yaml", raw), write_dsat(tmp_path / "dsat.jsonl", 160)
+    words = ["drift_jax", "sample", config, "--model", model_dir, "--input", data, "--out"]
+
+    def two(out: Path) -> list[Any]:
+        own = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id"]
+        return [start_one([*words, out, *own, index], 1) for index in range(2)]
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    alone = start_one([*words, whole], 1)
+    processes, deadline = two(out), time.monotonic() + 200
+    first = out / "completions.partial.jsonl"
+    while not (first.exists() and b"\n" in first.read_bytes()):
+        assert time.monotonic() < deadline and processes[0].poll() is None, finish(processes, 1)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = finish(processes, 60)
+    assert [code for code, _ in ends] == [STOPPED, STOPPED], ends
+    drawn = len(read_completions(first))
+    assert 0 < drawn < 80
+    ends = finish(two(out), 200)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert f"sampling, 1 of 2 hosts: {80 - drawn}/{80 - drawn} rows" in ends[0][1]
+    assert [code for code, _ in finish([alone], 200)] == [0]
+    assert (out / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert not list(out.glob("*partial*"))

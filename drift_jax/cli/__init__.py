@@ -10,7 +10,7 @@ from rich.markup import escape
 from drift_jax.cli import data, mine, parts, plan, report, sharding, stages, tools
 from drift_jax.cli.evaluate import evaluate_app
 from drift_jax.cli.options import build_console
-from drift_jax.cli.processes import across_processes, end_stopped, end_together, is_mine_to_tell, tell_lost_peer
+from drift_jax.cli.processes import across_processes, alone, end_stopped, end_together, is_mine_to_tell, tell_lost_peer
 from drift_jax.errors import DriftError
 from drift_jax.files import STORAGE_ERRORS
 from drift_jax.progress import printable
@@ -29,7 +29,8 @@ app.command()(across_processes(stages.run, parts.run_in_parts))
 app.command()(across_processes(stages.sample, parts.prepare_sample))
 for command in (stages.train, stages.export, sharding.mesh):
     app.command()(across_processes(command))
-for command in (mine.mine, tools.presets, tools.doctor, plan.plan, report.report, report.card):
+app.command()(alone(mine.mine))
+for command in (tools.presets, tools.doctor, plan.plan, report.report, report.card):
     app.command()(command)
 app.add_typer(tools.config_app, name="config")
 app.add_typer(data.data_app, name="data")

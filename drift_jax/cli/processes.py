@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NoReturn, Optional
 
 import typer
@@ -60,18 +61,36 @@ def across_processes(
             if given.get("devices") is None:  # devices that are not here have no processes
                 start_processes(processes)
                 join_processes()
-            try:
+            with _interrupted_at_once():
                 command(**given)
-            except KeyboardInterrupt:
-                leave_peers(130)
-                leave_threads(130)
-                raise
 
     whole = own.replace(parameters=[*own.parameters.values(), *more])
     # Typer looks at both; of the command's annotations it could not read the names that are known in its file only.
     run.__signature__ = whole  # pyright: ignore[reportAttributeAccessIssue]
     run.__annotations__ = {name: parameter.annotation for name, parameter in whole.parameters.items()}
     return run
+
+
+def alone(command: Callable[..., None]) -> Callable[..., None]:
+    """The command of one process, which ends as `stopping` says where it is asked to."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with heed_signals(), _interrupted_at_once():
+            command(**given)
+
+    return run
+
+
+@contextlib.contextmanager
+def _interrupted_at_once() -> Iterator[None]:
+    """The second Ctrl-C waits for nobody."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        leave_peers(130)
+        leave_threads(130)
+        raise
 
 
 def is_mine_to_tell(error: DriftError) -> bool:

@@ -10,10 +10,11 @@ without such spellings the ids equal those of transformers' `apply_chat_template
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -53,13 +54,15 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
     config = _read_json(directory / "tokenizer_config.json")
     template = _find_chat_template(directory, config)
     special = {key: _token_text(directory, config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    backend = _load_backend(directory)
+    with _panics_are_errors(directory):
+        backend = _load_backend(directory)
     generation, model = (_read_json(directory / name) for name in ("generation_config.json", "config.json"))
     of_token = {key: _id_of(backend, text) for key, text in special.items()}
     eos = [*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id"), *of_token["eos_token"]]
     pad = [*of_token["pad_token"], *_ids(generation, "pad_token_id"), *_ids(model, "pad_token_id")]
     try:
-        return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
+        with _panics_are_errors(directory):
+            return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
     except (ModelError, DataError) as error:  # the probe dialogue is one
         raise ModelError(f"{directory}: {error}") from None
 
@@ -281,6 +284,20 @@ class ChatTokenizer:
                 f"text between control tokens is encoded to {ours}, the tokenizer as a whole gives {theirs}: "
                 "its added tokens or pre-tokenizer reach across control tokens, which is not computed here."
             )
+
+
+@contextlib.contextmanager
+def _panics_are_errors(directory: Path) -> Iterator[None]:
+    """Where `tokenizers` itself breaks on a file, Python gets no `Exception`, and of a class without a public name."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"{directory / 'tokenizer.json'} cannot be loaded: the tokenizers library breaks on it ({error!s:.200}). "
+            "Take the file from the model's own repository again."
+        ) from None
 
 
 def _load_backend(directory: Path) -> Tokenizer:

@@ -27,10 +27,9 @@ from drift_jax.config import RunConfig
 from drift_jax.errors import DataError, EndpointError, StageError
 from drift_jax.journal import Journal
 from drift_jax.judge import Judge, JudgePrompt, load_prompt
-from drift_jax.judging import late_answers
 from drift_jax.methods import Record, logged_reply
 from drift_jax.progress import stage_progress
-from drift_jax.stopping import Stopped
+from drift_jax.stopping import Stopped, late_answers
 
 VERDICTS_FILE = "verdicts.jsonl"
 _PROMPT = "choose_v1"

@@ -522,3 +522,27 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_mining_that_is_asked_to_stop_keeps_every_answer(tmp_path: Path) -> None:
+    """Exit code 75. What was asked is in the journal, answers on their way included, and is not asked again."""
+    log, out, whole = tmp_path / "log.jsonl", tmp_path / "out", tmp_path / "whole"
+    rows = [{"messages": [{"role": t.role, "content": t.content} for t in one.turns]} for one in logs(60)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [sys.executable, "-m", "drift_jax", "mine", str(log), "--format", "messages", "--detector", "judge"]
+    with serve(good, delay_s=0.2) as server:
+        words += ["--judge-url", server.url, "--judge-model", "m", "--set", "detector.judge.concurrency=4", "--out"]
+        process = subprocess.Popen([*words, str(out)], cwd=REPO, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: len(server.seen) >= 12 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75, said
+        assert "SIGTERM: ending once what is done is kept" in said and "Traceback" not in said
+        asked, kept = len(server.seen), len(read_rows(out / "judge.jsonl"))
+        assert 12 <= kept == asked < 60
+        assert not list(out.glob("*.html"))
+        for folder in (out, whole):
+            assert subprocess.run([*words, str(folder)], cwd=REPO, capture_output=True).returncode == 0
+        assert len(server.seen) == 60 + 60
+    for name in ("dsat.jsonl", "stats.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()

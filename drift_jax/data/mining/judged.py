@@ -25,6 +25,7 @@ from typing import Any, final
 
 from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 
+from drift_jax import stopping
 from drift_jax.data.mining.complaint_rules import RuleSet
 from drift_jax.data.mining.detector_config import DetectorConfig
 from drift_jax.data.mining.dialogue import Complaint, Conversation
@@ -122,6 +123,7 @@ class JudgeDetector:
         self._known: dict[str, Row] = {row["key"]: row for row in self._journal.rows}
         self._coming: dict[str, Future[Row]] = {}
         self._used: dict[str, None] = {}  # keys of all answers of this run, those of the journal included
+        self._pool = ThreadPoolExecutor(config.judge.concurrency)
         self._turns = self._undecided = self._unanswered = self._failed_in_a_row = self._asked = 0
         self._last_error = ""
 
@@ -131,12 +133,11 @@ class JudgeDetector:
         Raises:
           StageError: the server answers nothing any more, or the disk is full.
         """
-        pool = ThreadPoolExecutor(self._config.judge.concurrency)
         waiting: deque[_Waiting] = deque()
         most = 4 * self._config.judge.concurrency
         try:
             for conversation in conversations:
-                waiting.append(self._ask_about(conversation, pool))
+                waiting.append(self._ask_about(conversation))
                 while waiting and (not waiting[0].open() or len(waiting) > _WAITING or len(self._coming) > most):
                     yield self._settle(waiting.popleft())
             while waiting:
@@ -146,7 +147,6 @@ class JudgeDetector:
         finally:
             if any(one.open() for one in waiting):
                 self._pace.stop()  # nobody waits for these answers
-            pool.shutdown(cancel_futures=True)
 
     def stats(self) -> dict[str, Any]:
         """Counts of what was found so far, and what the answers took that it rests on, whichever run asked for them."""
@@ -182,22 +182,24 @@ class JudgeDetector:
         return f"{self._asked} questions asked, {self._pace.passed} requests{failed}"
 
     def close(self) -> None:
-        """Lets go of the server and the journal."""
+        """Lets go of the server and the journal, which gets the answers that are on their way."""
         self._pace.stop()
+        if stopping.asked():
+            stopping.late_answers(self._pool, {future: key for key, future in self._coming.items()})
+        else:
+            self._pool.shutdown(cancel_futures=True)
         self._judge.close()
         self._journal.close()
 
     # --- questions ------------------------------------------------------------------------------------------
 
-    def _ask_about(self, conversation: Conversation, pool: ThreadPoolExecutor) -> _Waiting:
+    def _ask_about(self, conversation: Conversation) -> _Waiting:
         fired = self._rules.match(conversation) if self._rules else {}
         places = sorted(fired) if self._rules else follow_ups(conversation)
         self._turns += len(places)
         size = self._config.turns_per_question
         questions = [self._question(conversation, tuple(places[i : i + size])) for i in range(0, len(places), size)]
-        return _Waiting(
-            conversation, fired, tuple((one, self._answer_to(one, conversation, pool)) for one in questions)
-        )
+        return _Waiting(conversation, fired, tuple((one, self._answer_to(one, conversation)) for one in questions))
 
     def _question(self, conversation: Conversation, turns: tuple[int, ...]) -> _Question:
         """With each turn the reply before it, and the turn which that answers."""
@@ -218,7 +220,7 @@ class JudgeDetector:
         settings = json.dumps([judge.model, judge.temperature, judge.max_tokens, text])
         return _Question(hashlib.sha256(settings.encode()).hexdigest()[:32], turns, text)
 
-    def _answer_to(self, question: _Question, conversation: Conversation, pool: ThreadPoolExecutor) -> Future[Row]:
+    def _answer_to(self, question: _Question, conversation: Conversation) -> Future[Row]:
         """From the journal, from a question that is on its way, or from the server."""
         with self._lock:
             known = self._known.get(question.key)
@@ -229,7 +231,7 @@ class JudgeDetector:
         coming = self._coming.get(question.key)
         if coming is None:
             self._asked += 1
-            coming = self._coming[question.key] = pool.submit(self._ask, question, conversation.id)
+            coming = self._coming[question.key] = self._pool.submit(self._ask, question, conversation.id)
         return coming
 
     def _ask(self, question: _Question, conversation_id: str) -> Row:
