@@ -26,8 +26,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from drift_jax.data.template_trial import find_excess
+from drift_jax.data.tokenizer_files import find_chat_template, read_object, token_ids, token_text
 from drift_jax.errors import DataError, ModelError
-from drift_jax.reading import SMALL, read_json, read_text
+from drift_jax.reading import read_text
 from drift_jax.records import Message, messages_to_rows
 
 _PROBE = (
@@ -51,15 +52,15 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
     directory = Path(model_dir)
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a model directory: a tokenizer.json is needed there.")
-    config = _read_json(directory / "tokenizer_config.json")
-    template = _find_chat_template(directory, config)
-    special = {key: _token_text(directory, config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    config = read_object(directory / "tokenizer_config.json")
+    template = find_chat_template(directory, config)
+    special = {key: token_text(directory, config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     with _panics_are_errors(directory):
         backend = _load_backend(directory)
-    generation, model = (_read_json(directory / name) for name in ("generation_config.json", "config.json"))
+    generation, model = (read_object(directory / name) for name in ("generation_config.json", "config.json"))
     of_token = {key: _id_of(backend, text) for key, text in special.items()}
-    eos = [*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id"), *of_token["eos_token"]]
-    pad = [*of_token["pad_token"], *_ids(generation, "pad_token_id"), *_ids(model, "pad_token_id")]
+    eos = [*token_ids(generation, "eos_token_id"), *token_ids(model, "eos_token_id"), *of_token["eos_token"]]
+    pad = [*of_token["pad_token"], *token_ids(generation, "pad_token_id"), *token_ids(model, "pad_token_id")]
     try:
         with _panics_are_errors(directory):
             return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
@@ -317,23 +318,6 @@ def _load_backend(directory: Path) -> Tokenizer:
         ) from error
 
 
-def _find_chat_template(directory: Path, config: dict[str, Any]) -> str:
-    jinja_file = directory / "chat_template.jinja"
-    if jinja_file.exists():
-        return read_text(jinja_file, ModelError, SMALL, "Take the file from the model's own repository again.")
-    template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
-        template = named[-1].get("template") if named else None
-    if not isinstance(template, str) or not template.strip():
-        raise ModelError(
-            f"{directory} has no chat template: looked for chat_template.jinja, `chat_template` in "
-            "tokenizer_config.json, and chat_template.json. A base model has none: use the Instruct model, "
-            "or put a chat_template.jinja there."
-        )
-    return template
-
-
 def _check_template(template: str, special: dict[str, str | None]) -> None:
     """Raises `ModelError` for a template that takes far too much time or memory; see `template_trial`."""
     named = {key: text for key, text in special.items() if text}
@@ -397,38 +381,9 @@ def _byte_of(char: str) -> int:
     return shifted[ord(char) - 0x100] if ord(char) >= 0x100 else ord(char)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty when there is no such file."""
-    if not path.exists() and not path.is_symlink():
-        return {}
-    value = read_json(path, "Take the file from the model's own repository again.", ModelError)
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _token_text(directory: Path, config: dict[str, Any], key: str) -> str | None:
-    value = config.get(key)
-    text = value.get("content") if isinstance(value, dict) else value
-    if text is not None and not isinstance(text, str):
-        raise ModelError(
-            f"{directory / 'tokenizer_config.json'}: {key} must be a token's text, an object with it, or null, "
-            f"found {value!r:.80}. Take the file from the model's own repository again."
-        )
-    return text
-
-
 def _id_of(backend: Tokenizer, text: str | None) -> list[int]:
     found = backend.token_to_id(text) if text else None
     return [] if found is None else [found]
-
-
-def _ids(config: dict[str, Any], key: str) -> list[int]:
-    value = config.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in values):
-        raise ModelError(f"{key} must be a token id or a list of them, found {value!r:.80}.")
-    return values
 
 
 def _why(error: Exception) -> str:
