@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from drift_jax import checkpoint as checkpoint_module
-from drift_jax.checkpoint import Checkpointer, SaveClock
+from drift_jax.checkpoint import CHECKSUMS_FILE, Checkpointer, SaveClock, find_damage, seal
 from drift_jax.config import MeshConfig, TrainConfig
 from drift_jax.data.batches import PairLoader
 from drift_jax.data.packing import Split
@@ -169,6 +169,26 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(three: Path) ->
         checkpointer.save(2, {"params": {"w": jnp.ones(1000)}}, {})
     assert sorted(p.name for p in three.iterdir()) == ["1", "2", "2.damaged", "3.damaged"]
     assert Checkpointer(three, keep=3).newest_whole(said.append) == 2
+
+
+def test_what_is_said_of_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """Each file is looked at, and one that was cut off is told from one whose bytes have changed."""
+    (tmp_path / "params").mkdir()
+    files = [tmp_path / "params" / name for name in ("a", "b", "c", "d")]
+    for file in files:
+        file.write_bytes(b"0123456789")
+    seal(tmp_path)
+    assert find_damage(tmp_path) is None
+    files[1].write_bytes(b"01234")
+    assert find_damage(tmp_path) == "params/b has 5 of 10 bytes"
+    files[2].write_bytes(b"0123456780")
+    files[3].unlink()
+    assert find_damage(tmp_path) == "params/b has 5 of 10 bytes and 2 more"
+    files[1].write_bytes(b"0123456789")
+    assert find_damage(tmp_path) == "params/c has other bytes than were written and 1 more"
+    (tmp_path / CHECKSUMS_FILE).write_text('{"files": []}')
+    assert find_damage(tmp_path) == f"{CHECKSUMS_FILE} is not what was written"
+    assert find_damage(tmp_path / "other") == f"{tmp_path / 'other'} is missing"
 
 
 def test_one_without_checksums_is_believed_and_one_without_a_name_is_not_read(three: Path) -> None:

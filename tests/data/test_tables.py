@@ -21,7 +21,9 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "..", 3, "link.arrow"])
+@pytest.mark.parametrize(
+    "name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "..", 3, "link.arrow", ".", "sub/data.arrow"]
+)
 def test_a_table_outside_is_not_opened(tmp_path: Path, name: object) -> None:
     for folder in ("table", "other"):
         datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / folder))
