@@ -119,4 +119,4 @@ def test_the_makers_of_odd_files_make_them(tmp_path: Path) -> None:
 def test_every_kind_of_the_corpus_that_is_a_file_has_a_parser() -> None:
     """The others are read by commands only, which tests/test_bad_input.py runs."""
     kinds = {path.parent.name for path in FOLDER.glob("*/cases.yaml")}
-    assert kinds - set(PARSERS) == {"card", "checkpoint", "completions_partial", "drawn", "judge_config"}
+    assert kinds - set(PARSERS) == {"card", "checkpoint", "completions_partial", "drawn", "judge_config", "plan"}
