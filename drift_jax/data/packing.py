@@ -18,8 +18,9 @@ _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
 # Shapes are planned on so many updates at most, spread evenly over the stage.
 _MOST_PLANNED = 256
 _MOST_SHAPES = 3
-# A further shape must save this share of all computed tokens to be worth its compilation.
-_WORTHWHILE = 0.01
+# A further shape must save this share of all computed tokens to be worth its compilation, and so many in a stage: to
+# compile takes seconds on any machine, in which a CPU computes about as many.
+_WORTHWHILE, _FEWEST_SAVED = 0.01, 4096
 
 
 class Costs(NamedTuple):
@@ -125,7 +126,8 @@ def plan_shapes(
       attention: the back end, a key of `COSTS`.
     """
     longest = max(max(lengths) for lengths in batches)
-    planned = batches[:: -(-len(batches) // _MOST_PLANNED)]
+    stride = -(-len(batches) // _MOST_PLANNED)
+    planned = batches[::stride]
     extra = COSTS[attention]
     costs = _tabulate(planned, _candidates(longest, split, budget, extra), split.rows, extra)
     # The first shape must take every pair of the stage, those of later epochs' batches included.
@@ -135,7 +137,8 @@ def plan_shapes(
     while len(chosen) < _MOST_SHAPES:
         totals = {shape: sum(map(min, best, costs[shape])) for shape in costs}
         shape = min(totals, key=lambda shape: (totals[shape], -shape.tokens))
-        if totals[shape] > (1 - _WORTHWHILE) * sum(best):
+        saved = sum(best) - totals[shape]
+        if saved < max(_WORTHWHILE * sum(best), _FEWEST_SAVED / stride):
             break
         chosen.append(shape)
         best = list(map(min, best, costs[shape]))

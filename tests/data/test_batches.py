@@ -227,7 +227,7 @@ def test_the_reference_pass_runs_the_batches_of_the_first_epoch() -> None:
 
 
 def test_a_stage_has_few_shapes() -> None:
-    pairs = random_pairs(60, longest=30) + random_pairs(20, seed=1, longest=300)
+    pairs = random_pairs(600, longest=30) + random_pairs(200, seed=1, longest=300)
     loader = make_loader(pairs, 8)
     shapes = {loader.shuffled(step).ids.shape for step in range(3 * loader.steps_per_epoch)}
     assert 1 < len(shapes) <= len(loader.shapes) <= 3
