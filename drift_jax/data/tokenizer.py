@@ -57,15 +57,14 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
     special = {key: token_text(directory, config, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     with _panics_are_errors(directory):
         backend = _load_backend(directory)
-    generation, model = (read_object(directory / name) for name in ("generation_config.json", "config.json"))
-    of_token = {key: _id_of(backend, text) for key, text in special.items()}
-    eos = [*token_ids(generation, "eos_token_id"), *token_ids(model, "eos_token_id"), *of_token["eos_token"]]
-    pad = [*of_token["pad_token"], *token_ids(generation, "pad_token_id"), *token_ids(model, "pad_token_id")]
-    try:
-        with _panics_are_errors(directory):
+        generation, model = (read_object(directory / name) for name in ("generation_config.json", "config.json"))
+        of_token = {key: _id_of(backend, text) for key, text in special.items()}
+        eos = [*token_ids(generation, "eos_token_id"), *token_ids(model, "eos_token_id"), *of_token["eos_token"]]
+        pad = [*of_token["pad_token"], *token_ids(generation, "pad_token_id"), *token_ids(model, "pad_token_id")]
+        try:
             return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
-    except (ModelError, DataError) as error:  # the probe dialogue is one
-        raise ModelError(f"{directory}: {error}") from None
+        except (ModelError, DataError) as error:  # the probe dialogue is one
+            raise ModelError(f"{directory}: {error}") from None
 
 
 def check_vocab(tokenizer: ChatTokenizer, model_vocab_size: int) -> None:
