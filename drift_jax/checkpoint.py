@@ -247,8 +247,12 @@ def find_damage(checkpoint: Path) -> str | None:
 
     def look(name: str) -> str | None:
         file, wanted = checkpoint / name, sums[name]
-        if not file.is_file():
-            return f"{name} is missing"
+        try:
+            there = file.is_file()
+        except OSError:  # no file can have this name
+            there = False
+        if not there:
+            return f"{name:.120} is missing"
         if file.stat().st_size != wanted["bytes"]:
             return f"{name} has {file.stat().st_size} of {wanted['bytes']} bytes"
         return None if _hash(file) == wanted["xxh3_128"] else f"{name} has other bytes than were written"

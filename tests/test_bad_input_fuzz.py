@@ -7,6 +7,7 @@ hypothesis chooses the damage and makes it small when it has found some. More of
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 import tracemalloc
@@ -28,8 +29,13 @@ _LONGEST_S = 10
 _MEMORY = 10  # times the bytes of a file, and
 _SPARE = 4 << 20  # what Python takes whatever it reads
 
+# The same files in every run, so that a change is judged by itself; others with FUZZ_ANEW=1 and by scripts/fuzz.py.
 _SETTINGS = settings(
-    max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    database=None,
+    derandomize="FUZZ_ANEW" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 _ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,6 +189,8 @@ def test_what_is_said_of_a_damaged_checkpoint(tmp_path: Path) -> None:
     assert find_damage(tmp_path) == "params/c has other bytes than were written and 1 more"
     (tmp_path / CHECKSUMS_FILE).write_text('{"files": []}')
     assert find_damage(tmp_path) == f"{CHECKSUMS_FILE} is not what was written"
+    (tmp_path / CHECKSUMS_FILE).write_text(json.dumps({"files": {"9" * 5000: {"bytes": 1, "xxh3_128": ""}}}))
+    assert find_damage(tmp_path) == f"{'9' * 120} is missing"
     assert find_damage(tmp_path / "other") == f"{tmp_path / 'other'} is missing"
 
 
