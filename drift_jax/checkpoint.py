@@ -247,11 +247,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
     def look(name: str) -> str | None:
         file, wanted = checkpoint / name, sums[name]
-        try:
-            there = file.is_file()
-        except OSError:  # no file can have this name
-            there = False
-        if not there:
+        if not os.path.isfile(file):  # Path's own raises for a name that no file can have
             return f"{name:.120} is missing"
         if file.stat().st_size != wanted["bytes"]:
             return f"{name} has {file.stat().st_size} of {wanted['bytes']} bytes"

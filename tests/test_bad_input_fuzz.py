@@ -25,7 +25,7 @@ from tests.bad_input.corpus import FOLDER
 from tests.bad_input.damage import damaged, seeds_of
 from tests.bad_input.parsers import PARSERS
 
-_LONGEST_S = 10
+_LONGEST_S = 10  # of the processor: a busy machine is no reason to fail
 _MEMORY = 10  # times the bytes of a file, and
 _SPARE = 4 << 20  # what Python takes whatever it reads
 
@@ -46,12 +46,12 @@ _ANYTHING = st.recursive(
 
 @contextmanager
 def refusals_are_ours(data: bytes) -> Iterator[None]:
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         yield
     except DriftError as error:
         assert len(str(error)) < 10_000, "a message that nobody reads"
-    assert time.monotonic() - begun < _LONGEST_S, data
+    assert time.process_time() - begun < _LONGEST_S, data
 
 
 @pytest.mark.parametrize("kind", PARSERS)
@@ -67,6 +67,8 @@ def test_a_whole_file_is_a_value(kind: str, tmp_path: Path) -> None:
 def test_a_damaged_file_is_a_value_or_an_error_of_ours(kind: str, tmp_path: Path) -> None:
     suffix, parse = PARSERS[kind]
     seeds, path = seeds_of(kind, tmp_path), tmp_path / f"file{suffix}"
+    path.write_bytes(seeds[0])
+    parse(path)  # what is made once, such as a model, is in no time below
 
     @_SETTINGS
     @given(source=st.randoms(use_true_random=False))
@@ -84,6 +86,8 @@ def test_a_file_of_anything_is_a_value_or_an_error_of_ours(kind: str, tmp_path: 
     """JSON of any form, which is YAML as well, once or on every line, and bytes of no form."""
     suffix, parse = PARSERS[kind]
     path = tmp_path / f"file{suffix}"
+    path.write_bytes(seeds_of(kind, tmp_path)[0])
+    parse(path)
     documents = _ANYTHING.map(lambda value: json.dumps(value).encode())
 
     @_SETTINGS

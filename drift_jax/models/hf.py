@@ -83,8 +83,8 @@ class WeightFiles:
         where: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
-            if not path.exists():
-                raise ModelError(f"{path} is named by the index file but missing. Download it again.")
+            if not os.path.exists(path):  # Path's own raises for a name that no file can have
+                raise ModelError(f"{path!s:.300} is named by the index file but missing. Download it again.")
             check_header(path)
             try:
                 with safe_open(path, framework="numpy") as tensors:
