@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -63,41 +62,36 @@ def test_a_whole_file_is_a_value(kind: str, tmp_path: Path) -> None:
     parse(path)
 
 
-@pytest.mark.parametrize("kind", PARSERS)
-def test_a_damaged_file_is_a_value_or_an_error_of_ours(kind: str, tmp_path: Path) -> None:
+def try_files(kind: str, folder: Path, files: st.SearchStrategy[bytes]) -> None:
+    """A whole file first: what is made once, such as a model, is in no time after that."""
     suffix, parse = PARSERS[kind]
-    seeds, path = seeds_of(kind, tmp_path), tmp_path / f"file{suffix}"
-    path.write_bytes(seeds[0])
-    parse(path)  # what is made once, such as a model, is in no time below
-
-    @_SETTINGS
-    @given(source=st.randoms(use_true_random=False))
-    def is_read_or_refused(source: random.Random) -> None:
-        data = damaged(source.choice(seeds), source)
-        path.write_bytes(data)
-        with refusals_are_ours(data):
-            parse(path)
-
-    is_read_or_refused()
-
-
-@pytest.mark.parametrize("kind", PARSERS)
-def test_a_file_of_anything_is_a_value_or_an_error_of_ours(kind: str, tmp_path: Path) -> None:
-    """JSON of any form, which is YAML as well, once or on every line, and bytes of no form."""
-    suffix, parse = PARSERS[kind]
-    path = tmp_path / f"file{suffix}"
-    path.write_bytes(seeds_of(kind, tmp_path)[0])
+    path = folder / f"file{suffix}"
+    path.write_bytes(seeds_of(kind, folder)[0])
     parse(path)
-    documents = _ANYTHING.map(lambda value: json.dumps(value).encode())
 
     @_SETTINGS
-    @given(data=documents | st.lists(documents, max_size=3).map(b"\n".join) | st.binary(max_size=64))
+    @given(data=files)
     def is_read_or_refused(data: bytes) -> None:
         path.write_bytes(data)
         with refusals_are_ours(data):
             parse(path)
 
     is_read_or_refused()
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_a_damaged_file_is_a_value_or_an_error_of_ours(kind: str, tmp_path: Path) -> None:
+    seeds = seeds_of(kind, tmp_path)
+    sources = st.randoms(use_true_random=False)
+    try_files(kind, tmp_path, sources.map(lambda source: damaged(source.choice(seeds), source)))
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_a_file_of_anything_is_a_value_or_an_error_of_ours(kind: str, tmp_path: Path) -> None:
+    """JSON of any form, which is YAML as well, once or on every line, and bytes of no form."""
+    documents = _ANYTHING.map(lambda value: json.dumps(value).encode())
+    lines = st.lists(documents, max_size=3).map(b"\n".join)
+    try_files(kind, tmp_path, documents | lines | st.binary(max_size=64))
 
 
 @pytest.mark.parametrize("kind", PARSERS)

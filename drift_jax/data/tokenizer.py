@@ -37,6 +37,7 @@ _PROBE = (
     Message("user", "Again?"),
 )
 _LARGEST = 1 << 30  # bytes of a tokenizer.json; published ones have up to some tens of MB
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _PROBE_REPLY = "drift-probe-reply"
 # What a template may write: tools, dates and rules of conduct of its own, and a message in more than one place.
 _MOST_WRITTEN, _MOST_TIMES = 1_000_000, 20
@@ -216,6 +217,8 @@ class ChatTokenizer:
             text = self._render(hidden, add_generation_prompt)
         except Exception as error:  # a template is a program, and may raise anything
             raise DataError(f"the chat template refuses this dialogue: {_why(error)}") from error
+        if not text.isascii() and _HALF_PAIR.search(text):
+            raise DataError("the chat template writes half of a surrogate pair, which no tokenizer can take.")
         said = sum(len(message.content) for message in messages)
         if len(text) > _MOST_WRITTEN + _MOST_TIMES * said:
             raise DataError(f"the chat template writes {len(text):,} characters for a dialogue of {said:,}.")
