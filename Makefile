@@ -60,8 +60,15 @@ $(VENV)/.installed-all: pyproject.toml | $(BIN)/python
 # Beside the packages: where JAX finds libtpu, every command would look for a TPU first.
 $(VENV)/.installed-tpu-compiler: pyproject.toml | $(VENV)/.installed-all
 	@echo "Installing the TPU compiler into $(VENV)/tpu_compiler"
-	@$(BIN)/python -m pip install -q --no-deps --target $(VENV)/tpu_compiler "$$($(BIN)/python -c 'from importlib.metadata \
+	@$(BIN)/python -m pip install -q --upgrade --no-deps --target $(VENV)/tpu_compiler "$$($(BIN)/python -c 'from importlib.metadata \
 	    import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
+	@touch $@
+
+$(VENV)/.installed-gpu-compiler: pyproject.toml | $(VENV)/.installed-all
+	@echo "Installing XLA's GPU compiler into $(VENV)/gpu_compiler"
+	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	    $(BIN)/python -m pip install -q --upgrade --no-deps --target $(VENV)/gpu_compiler \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@
 
 $(SMOKE_VENV)/.installed: pyproject.toml
@@ -90,8 +97,8 @@ else
 	    --run-dir runs/quickstart-$(notdir $(MODEL)) $(ARGS)
 endif
 
-test: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler
-	@DRIFT_NEEDS_TPU_COMPILER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler $(VENV)/.installed-gpu-compiler
+	@DRIFT_NEEDS_TPU_COMPILER=1 DRIFT_NEEDS_GPU_COMPILER=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # One process, whose servers are shared by all tests. Threads that wait by spinning would take the cores from each other.
 test-vllm: $(VENV)/.installed-all $(VLLM_VENV)/.installed

@@ -191,14 +191,15 @@ def _cast(weights: Any, index: Array | int, dtype: Any) -> Any:
 
 
 def _add_at(index: Array | int, total: Array, more: Array) -> Array:
-    """total[index] += more, added in float32 or wider."""
-    exact = more.dtype == total.dtype or jnp.promote_types(total.dtype, jnp.float32) == total.dtype
-    if isinstance(index, int) and exact:
-        # Of an addition to a slice XLA knows that it can be done in place; below, it copies the slices of all layers.
-        known = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
-        return total.at[index].add(more.astype(total.dtype), **known)
-    so_far = jax.lax.dynamic_index_in_dim(total, index, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(total, _add(so_far, more), index, 0)
+    """total[index] += more, added in float32 or wider.
+
+    Written as what XLA's GPU compiler makes one kernel of, which reads and writes that layer's slice alone: with an
+    index that it knows, its kernel goes through the slices of all layers; with a slice of another rank, it copies it.
+    """
+    if isinstance(index, int):
+        index = jax.lax.optimization_barrier(jnp.uint32(index))
+    so_far = jax.lax.dynamic_slice_in_dim(total, index, 1)
+    return jax.lax.dynamic_update_slice_in_dim(total, _add(so_far, more[None]), index, 0)
 
 
 def _add(total: Array, more: Array) -> Array:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,14 @@ from jax.experimental import topologies
 
 from drift_jax.errors import ConfigError
 from drift_jax.plan import gpus, slices
-from tests.plan.tiny_plan import needs_tpu_compiler, raw_config, run_with_tpu_compiler, write_model
+from tests.plan.tiny_plan import (
+    needs_gpu_compiler,
+    needs_tpu_compiler,
+    raw_config,
+    run_with_gpu_compiler,
+    run_with_tpu_compiler,
+    write_model,
+)
 
 
 @pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "4x4", "v5e:4x", "v4:2x2x1", "h100", "h100:", "h900:8"])
@@ -57,18 +61,14 @@ def test_gpus_are_described(topology: str, shape: str, count: int, monkeypatch: 
     assert len(where.devices) == count and bool(where.host) == shape.startswith("1x2")
 
 
+@needs_gpu_compiler
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
-    reason="XLA's GPU compiler is not installed: pip install 'drift-jax[plan-gpu]'",
-)
 def test_a_step_compiled_for_gpus(tmp_path: Path) -> None:
-    """In a process of its own: JAX looks for plugins when it starts."""
     config_file = tmp_path / "run.yaml"
     # The Triton kernel takes no heads of this size.
     config_file.write_text(yaml.safe_dump(raw_config(str(write_model(tmp_path)), model={"attention": "xla"})))
-    command = [sys.executable, "-m", "drift_jax", "plan", str(config_file), "--topology", "h100:8", "--json"]
-    (row,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    words = ["-m", "drift_jax", "plan", config_file, "--topology", "h100:8", "--json"]
+    (row,) = json.loads(run_with_gpu_compiler(words, 300))
     assert row["fits"] and row["mesh"]["fsdp"] == 8 and "XLA's GPU compiler" in row["about"]
     assert {"all-gather", "reduce-scatter"} <= {traffic["kind"] for traffic in row["collectives"]}
 

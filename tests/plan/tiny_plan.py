@@ -19,9 +19,9 @@ from drift_jax.plan.slices import Slice, open_local
 
 REPO = Path(__file__).resolve().parents[2]
 
-TPU_COMPILER = Path(sys.prefix) / "tpu_compiler"  # where `make test` puts it
+TPU_COMPILER, GPU_COMPILER = (Path(sys.prefix) / f"{kind}_compiler" for kind in ("tpu", "gpu"))  # by `make test`
 
-# `make test` sets the variable: there the compiler must be there, and its absence a failure.
+# `make test` sets these variables: there a compiler must be there, and its absence a failure.
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None
     and not TPU_COMPILER.is_dir()
@@ -29,14 +29,30 @@ needs_tpu_compiler = pytest.mark.skipif(
     reason="libtpu, the TPU compiler, is not installed: make test does it, or pip install 'drift-jax[plan]'",
 )
 
+needs_gpu_compiler = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
+    and not GPU_COMPILER.is_dir()
+    and "DRIFT_NEEDS_GPU_COMPILER" not in os.environ,
+    reason="XLA's GPU compiler is not installed: make test does it, or pip install 'drift-jax[plan-gpu]'",
+)
+
 
 def run_with_tpu_compiler(words: list[Any], seconds: float) -> str:
     """What `python WORDS` prints, apart from the settings of this process; one such process at a time."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
-    environment["PYTHONPATH"] = os.pathsep.join((str(TPU_COMPILER), str(REPO)))
     with FileLock(Path(tempfile.gettempdir()) / "drift_jax_libtpu.lock"):
-        command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+        return _run_beside(TPU_COMPILER, words, seconds)
+
+
+def run_with_gpu_compiler(words: list[Any], seconds: float) -> str:
+    """What `python WORDS` prints, apart from the settings of this process."""
+    return _run_beside(GPU_COMPILER, words, seconds)
+
+
+def _run_beside(packages: Path, words: list[Any], seconds: float) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    environment["PYTHONPATH"] = os.pathsep.join((str(packages), str(REPO)))
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
