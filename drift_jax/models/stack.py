@@ -48,23 +48,25 @@ def _run_again_from_host(layer: Layer, weights: Any, kept: Any, context: Any, gr
 
 
 def _keep_by(saved: Callable[..., Any], layer: Layer, weights: Any, x: Array, context: Any) -> tuple[Array, Any]:
-    """Keeps what `jax.vjp` keeps of `saved(layer)`, except the weights: they are at hand in the backward pass."""
+    """Keeps what `jax.vjp` keeps of `saved(layer)`, but for weights and context: the backward pass has them anyway."""
     out, pull = jax.vjp(saved(lambda w, x: layer(w, x, context)), weights, x)
     leaves, structure = jax.tree.flatten(pull)
-    own = jax.tree.leaves(weights)
+    own = jax.tree.leaves((weights, context))
     places = tuple(next((i for i, w in enumerate(own) if w is leaf), None) for leaf in leaves)
     kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
     return out, jax.tree_util.Partial(partial(_pull_back, structure, places), kept)
 
 
-def _pull_back(structure: Any, places: tuple[int | None, ...], kept: list[Array], weights: Any, grad: Array) -> Any:
-    rest, own = iter(kept), jax.tree.leaves(weights)
+def _pull_back(
+    structure: Any, places: tuple[int | None, ...], kept: list[Array], weights: Any, context: Any, grad: Array
+) -> Any:
+    rest, own = iter(kept), jax.tree.leaves((weights, context))
     leaves = [next(rest) if place is None else own[place] for place in places]
     return jax.tree.unflatten(structure, leaves)(grad)
 
 
 def _go_on(layer: Layer, weights: Any, kept: Any, context: Any, grad: Array) -> tuple[Any, Array]:
-    return kept(weights, grad)
+    return kept(weights, context, grad)
 
 
 REMAT: dict[str, Remat] = {

@@ -129,6 +129,18 @@ def test_the_sum_keeps_its_dtype_and_is_rounded_once_per_addition(scan: bool) ->
         assert error.max() > 1e-4, "bfloat16 must have rounded something"
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_what_all_layers_share_is_not_kept_by_each(remat: str) -> None:
+    """Neither weights nor context: a scan would stack what is kept, a copy for each layer."""
+    x, context, _ = make_inputs()
+    weights = jax.tree.map(lambda w: w[0], make_weights())
+    kept = jax.tree.leaves(REMAT[remat].keep(layer, weights, x, context)[1])
+    assert any(leaf is x for leaf in kept)
+    assert not any(leaf is shared for leaf in kept for shared in jax.tree.leaves((weights, context)))
+    residuals = jax.tree.leaves(jax.vjp(lambda w, x: layer(w, x, context), weights, x)[1])
+    assert any(leaf is context[0] for leaf in residuals), "the derivative must need the context"
+
+
 def test_layers_compute_in_the_dtype_of_x() -> None:
     weights, (x, context, _) = make_weights(), make_inputs()
     half = {"parts": weights["parts"], "scale": weights["scale"].astype(jnp.bfloat16)}
