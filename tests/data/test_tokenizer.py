@@ -393,6 +393,15 @@ def test_template_may_refuse_a_dialogue(variant: Callable[..., Path]) -> None:
         tokenizer.encode_chat([Message("system", "s"), Message("user", "u")])
 
 
+def test_half_of_a_surrogate_pair_is_refused(variant: Callable[..., Path]) -> None:
+    """JSON has none, but an escape in a template's own string makes one."""
+    writing = "{% if messages[0].content == 'cut' %}{{ '\\ud83d' }}{% endif %}"
+    tokenizer = load_tokenizer(variant(config={"chat_template": writing + CHAT_TEMPLATE}))
+    tokenizer.encode_chat([Message("user", "whole \U0001f600")])
+    with pytest.raises(DataError, match="writes half of a surrogate pair, which no tokenizer can take"):
+        tokenizer.encode_chat([Message("user", "cut")])
+
+
 def test_template_that_rewrites_the_prompt(variant: Callable[..., Path]) -> None:
     counting = "{{- 'turns: ' + messages | length | string + '\\n' }}" + CHAT_TEMPLATE
     tokenizer = load_tokenizer(variant(config={"chat_template": counting}))
