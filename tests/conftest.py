@@ -8,10 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Tracing makes objects by the million that live as long as their program: looking through them every 700 allocations
-# was a tenth of the time.
-gc.set_threshold(50_000, 20, 100)
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     # torch's threads wait for each other by spinning: beside another worker two of them are slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +37,10 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
+
+# Tracing makes objects by the million that live as long as their program: looking through them every 700 allocations
+# was a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 # Every signature of drift_jax is checked on every call; so this comes before drift_jax is imported.
 # beartype, because typeguard 4 reads the shape in Float[Array, "B T"] as Python source and fails on it.

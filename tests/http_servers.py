@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(reply: Callable[[str, Any], Answer], delay_s: float = 0.0) -> Iterator[Small]:
     small = Small(reply, delay_s)
-    threading.Thread(target=small.serve_forever, daemon=True).start()
+    threading.Thread(target=small.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield small
     finally:

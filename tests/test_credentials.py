@@ -123,7 +123,7 @@ class Parrot(BaseHTTPRequestHandler):
 @pytest.fixture
 def parrot() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()

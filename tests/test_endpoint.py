@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[Moody]:
     moody = Moody(("127.0.0.1", 0), Handler)
     moody.answers, moody.seen = [], []
-    threading.Thread(target=moody.serve_forever, daemon=True).start()
+    threading.Thread(target=moody.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield moody
     moody.shutdown()
     moody.server_close()

@@ -73,30 +73,31 @@ def drawn(iteration: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "iterations"), [(2, 2), (4, int(os.environ.get("DRIFT_ITERATIONS_OF_FOUR", "1")))])
-def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path, count: int, iterations: int) -> None:
-    """Every process compiles everything, so four of them on two cores do one iteration unless told otherwise."""
-    words = ("--set", f"recipe.iterations={iterations}")
-    run(config, tmp_path / "one", 1, 2 * count, *words)
-    outputs = run(config, tmp_path / "several", count, 2, *words)
-    assert_same_metrics(tmp_path / "several", tmp_path / "one", STAGES[: iterations + 1])
+def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path) -> None:
+    """Four devices. Every process compiles everything, so four of them on two cores do one iteration."""
+    run(config, tmp_path / "one", 1, 4)
+    for count, iterations in ((2, 2), (4, int(os.environ.get("DRIFT_ITERATIONS_OF_FOUR", "1")))):
+        assert_equals_one_process(config, tmp_path / "one", tmp_path / str(count), count, iterations)
+
+
+def assert_equals_one_process(config: Path, one: Path, ours: Path, count: int, iterations: int) -> None:
+    outputs = run(config, ours, count, 4 // count, "--set", f"recipe.iterations={iterations}")
+    assert_same_metrics(ours, one, STAGES[: iterations + 1])
     # XLA itself may warn on any process, of a slow compilation for example.
-    ours = ("policy:", "seed/train", "reference log-probs", "DPO: ")
-    assert [[text in output for text in ours] for output in outputs] == [[True] * 4] + [[False] * 4] * (count - 1)
+    told = ("policy:", "seed/train", "reference log-probs", "DPO: ")
+    assert [[text in output for text in told] for output in outputs] == [[True] * 4] + [[False] * 4] * (count - 1)
 
     def files(folder: Path) -> set[str]:
-        caches = (".cache", "checkpoints")
+        beside = {".cache", "checkpoints", "tokens", *(f"iter_{i}" for i in range(iterations + 1, 3))}
         every = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        return {str(path) for path in every if not set(path.parts) & set(caches)}
+        return {str(path) for path in every if not set(path.parts) & beside}
 
-    assert {f for f in files(tmp_path / "several") if "/tokens/" not in f} == {
-        f for f in files(tmp_path / "one") if "/tokens/" not in f
-    }
+    assert files(ours) == files(one)
     for iteration in range(1, iterations + 1):
-        one, several = (folder / f"iter_{iteration}" for folder in (tmp_path / "one", tmp_path / "several"))
-        assert drawn(several) == drawn(one)
-        assert (several / "drops.json").read_text() == (one / "drops.json").read_text()
-    events = [json.loads(line) for line in (tmp_path / "several" / "log.jsonl").read_text().splitlines()]
+        alone, several = (folder / f"iter_{iteration}" for folder in (one, ours))
+        assert drawn(several) == drawn(alone)
+        assert (several / "drops.json").read_text() == (alone / "drops.json").read_text()
+    events = [json.loads(line) for line in (ours / "log.jsonl").read_text().splitlines()]
     assert len(events) == len({(event["stage"], event["event"]) for event in events})
 
 

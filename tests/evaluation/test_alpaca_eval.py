@@ -45,7 +45,8 @@ def prefers_capital_m(path: str, body: Any) -> Answer:
 
 @needs_package
 def test_the_package_annotates_and_scores(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Not the variable: where another test has imported the package, it is read already.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     ours = write_outputs(tmp_path / "ours.json", "ours", ["abc" * i + "!" for i in range(12)])
     base = write_outputs(tmp_path / "base.json", "base", ["xy" * i for i in range(11)] + ["abc" * 11 + "!"])

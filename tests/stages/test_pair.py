@@ -195,7 +195,7 @@ def server() -> Iterator[JudgeServer]:
     server = JudgeServer(("127.0.0.1", 0), Handler)
     server.seen = []
     server.answer = lambda body: (200, json.dumps({"reason": "It is the third.", "best": best_of(body)}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,18 +68,6 @@ class Running(NamedTuple):
         return self.server._key
 
 
-@contextmanager
-def serving(model_dir: Path, max_model_len: int, log: Path) -> Iterator[Running]:
-    """A server with room for longer prompts than those of `servers` have, while the block lasts."""
-    config = make_config(model_dir, vllm={"max_model_len": max_model_len})
-    server = VllmServer(config, load_qwen_config(model_dir), model_dir, log)
-    try:
-        server.start(QUIET)
-        yield Running(server, model_dir)
-    finally:
-        server.stop()
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tied, untied: tiny policies; *_new: the same with other weights, as another iteration would leave them."""
@@ -111,13 +99,17 @@ def shift_weights(model_dir: Path) -> None:
 def servers(
     models: Path, demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Running]]:
-    """Servers of demo model, untied and tied; started together, since most of a start is imports on one core."""
+    """Servers of demo model, untied and tied; started together, since most of a start is imports on one core.
+
+    That of the demo model has room for the questions of judges, which are longer than prompts.
+    """
     logs = tmp_path_factory.mktemp("logs")
     dirs = {"demo": demo_model_dir, "untied": models / "untied", "tied": models / "tied"}
 
     def start(name: str) -> Running:
         model_dir = dirs[name]
-        server = VllmServer(make_config(model_dir), load_qwen_config(model_dir), model_dir, logs / f"{name}.log")
+        config = make_config(model_dir, **({"vllm": {"max_model_len": 2048}} if name == "demo" else {}))
+        server = VllmServer(config, load_qwen_config(model_dir), model_dir, logs / f"{name}.log")
         stack.callback(server.stop)
         server.start(QUIET)
         return Running(server, model_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, serving
+from conftest import Running
 
 from drift_jax.config import JudgeConfig
 from drift_jax.data.mining.detect import build_detector
@@ -38,11 +38,9 @@ LOGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def running(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo model with room for a question."""
-    with serving(demo_model_dir, 2048, tmp_path_factory.mktemp("judge") / "vllm.log") as started:
-        yield started
+@pytest.fixture
+def running(servers: dict[str, Running]) -> Running:
+    return servers["demo"]
 
 
 @pytest.fixture

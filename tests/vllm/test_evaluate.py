@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Running, serving
+from conftest import Running
 
 from drift_jax.sampling.server import SERVED_NAME
 from tests.conftest import REPO
@@ -22,11 +21,9 @@ from tests.wildbench_files import write_checkout, write_outputs, write_tasks
 KEY = "EVALUATION_JUDGE_KEY"
 
 
-@pytest.fixture(scope="module")
-def judge(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With room for the judge's prompts, which the servers of `servers` have not."""
-    with serving(demo_model_dir, 1024, tmp_path_factory.mktemp("judge") / "vllm.log") as started:
-        yield started
+@pytest.fixture
+def judge(servers: dict[str, Running]) -> Running:
+    return servers["demo"]
 
 
 def command(judge: Running, tmp_path: Path, model: Path, *words: object) -> list[str]:

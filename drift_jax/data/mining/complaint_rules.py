@@ -147,8 +147,20 @@ def _compile(name: str | Path, file: _File, rule: Rule) -> Any:
         raise ConfigError(f"{name}, rule {rule.name}: not a pattern of RE2: {why}.") from None
 
 
-def _spell_out(where: str, lines: str, parts: Mapping[str, str], around: tuple[str, ...] = ()) -> str:
-    """One pattern of several lines, with its parts, and theirs; `around`: names of the parts that hold these lines."""
+def _spell_out(
+    where: str,
+    lines: str,
+    parts: Mapping[str, str],
+    around: tuple[str, ...] = (),
+    spelled: dict[str, str] | None = None,
+) -> str:
+    """One pattern of several lines, with its parts, and theirs.
+
+    Args:
+      around: names of the parts that hold these lines.
+      spelled: parts that are written out already: each is once, however often the others hold it.
+    """
+    known = {} if spelled is None else spelled
 
     def part(found: re.Match[str]) -> str:
         name = found[1]
@@ -156,7 +168,9 @@ def _spell_out(where: str, lines: str, parts: Mapping[str, str], around: tuple[s
             raise ConfigError(f"{where}: the file has no part {name}.")
         if name in around:
             raise ConfigError(f"{where}: part {name} holds itself.")
-        return f"(?:{_spell_out(where, parts[name], parts, (*around, name))})"
+        if name not in known:
+            known[name] = f"(?:{_spell_out(where, parts[name], parts, (*around, name), known)})"
+        return known[name]
 
     pattern = _PART.sub(part, "|".join(line.strip() for line in lines.splitlines() if line.strip()))
     if len(pattern) > _LONGEST_PATTERN:
