@@ -45,10 +45,10 @@ from drift_jax.errors import DriftError  # noqa: E402
 from drift_jax.models.policy import load_policy  # noqa: E402
 from drift_jax.progress import stage_progress  # noqa: E402
 from drift_jax.records import Pair, pair_to_row, read_pairs  # noqa: E402
-from drift_jax.sharding import Layout, build_layout  # noqa: E402
+from drift_jax.sharding import build_layout  # noqa: E402
 from drift_jax.stages.dpo import build_loader, build_trainer  # noqa: E402
 from drift_jax.stages.reference import RefLogps  # noqa: E402
-from drift_jax.train import Trainer, host_metrics  # noqa: E402
+from drift_jax.train import KnownScores, host_metrics  # noqa: E402
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 QUANTITIES = ("loss", "grad_norm", "learning_rate", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")
@@ -181,22 +181,17 @@ def check_same_ids(theirs: Any, ours: Sequence[TokenizedPair], max_length: int) 
                 raise DriftError(f"pair {pair.id}: TRL's {side} differ from those of preset trl1.")
 
 
-def score_reference(comparison: Comparison, trainer: Trainer, params: Any, layout: Layout) -> RefLogps:
-    """Of the pairs that these updates take, as TRL scores them batch by batch; NaN for the others."""
-    used = np.unique(comparison.order)
-    pairs = [comparison.tokenized[i] for i in used]
-    scores = trainer.score_pairs(params, build_loader(comparison.config, layout, pairs), as_trained=True)
-    ref = RefLogps(*np.full((2, len(comparison.tokenized), 2), np.nan))
-    ref.logps[used], ref.last_logps[used] = scores.logps, scores.last_logps
-    return ref
-
-
 def run_ours(comparison: Comparison, model_dir: Path) -> Rows:
     """One row of metrics an update, from the step that `drift train` runs."""
     config, layout = comparison.config, build_layout(comparison.config.mesh, jax.devices()[:1])
     trainer = build_trainer(config, model_dir, layout, comparison.steps)
     params = load_policy(model_dir, layout, config.model.compute_dtype).params
-    loader = build_loader(config, layout, comparison.tokenized, score_reference(comparison, trainer, params, layout))
+    # Of the pairs that these updates take, in their batches.
+    passed_over = ~np.isin(np.arange(len(comparison.pairs)), comparison.order)
+    reference = build_loader(config, layout, comparison.tokenized)
+    known = KnownScores(passed_over, lambda *_: None)
+    scores = trainer.score_pairs(params, reference, as_trained=True, known=known)
+    loader = build_loader(config, layout, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
     with stage_progress("drift_jax", comparison.steps, "updates", console=Console(stderr=True)) as bar:
         rows = []
         for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, comparison.steps):
