@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drift_jax.data.mining.complaint_rules import load_rules, opening
+from drift_jax.data.mining.complaint_rules import _spell_out, load_rules, opening
 from drift_jax.data.mining.detect import RulesDetector, build_detector
 from drift_jax.data.mining.detector_config import DetectorConfig
 from drift_jax.data.mining.dialogue import Conversation, Turn
@@ -70,6 +70,15 @@ def test_every_example_says_what_its_rule_does(name: str) -> None:
             assert label in dict(rules.match(example)), (label, example)
         for example in rule.silent:
             assert label not in dict(rules.match(example)), (label, example)
+
+
+def test_a_part_that_several_hold_is_the_same_in_each() -> None:
+    parts = {"A": "<B>x<C>", "B": "<C>y", "C": "c|d", "D": "<A><B>"}
+    c = "(?:c|d)"
+    b = f"(?:{c}y)"
+    assert _spell_out("here", "<D><C>\n<B>", parts) == f"(?:(?:{b}x{c}){b}){c}|{b}"
+    with pytest.raises(ConfigError, match="part A holds itself"):
+        _spell_out("here", "<C><A>", parts | {"B": "<C><A>"})  # C is spelled out by then
 
 
 def test_a_file_of_ones_own_adds_a_language(tmp_path: Path) -> None:
