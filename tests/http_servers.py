@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 Answer = tuple[int, Any]  # status, JSON; status 0: the connection is dropped
 
@@ -60,15 +60,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
+
+
 @contextlib.contextmanager
-def serve(reply: Callable[[str, Any], Answer], delay_s: float = 0.0) -> Iterator[Small]:
-    small = Small(reply, delay_s)
-    threading.Thread(target=small.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+def answering(server: Server) -> Iterator[Server]:
+    """It answers while the block lasts, whose end it looks for often: every half second made half a second a test."""
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
-        yield small
+        yield server
     finally:
-        small.shutdown()
-        small.server_close()
+        server.shutdown()
+        server.server_close()
+
+
+def serve(reply: Callable[[str, Any], Answer], delay_s: float = 0.0) -> contextlib.AbstractContextManager[Small]:
+    return answering(Small(reply, delay_s))
 
 
 def completion(body: Any, **changes: Any) -> Answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from drift_jax.data.mining.detector_config import DetectorConfig
 from drift_jax.endpoint import read_api_key
 from drift_jax.errors import ConfigError
 from tests.cli_runs import CANARY, Drift, base, change_config, drift, model_dir  # noqa: F401
+from tests.http_servers import answering
 
 SECRET = "hunter2hunter2hunter2"
 
@@ -122,11 +122,8 @@ class Parrot(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def parrot() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Parrot)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Parrot)) as server:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
 
 
 def test_no_file_of_a_run_holds_a_key(drift: Drift, base: Path, parrot: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from drift_jax.endpoint import Endpoint, Retry, read_api_key
 from drift_jax.errors import ConfigError, EndpointError
+from tests.http_servers import answering
 
 
 class Moody(ThreadingHTTPServer):
@@ -44,10 +44,8 @@ class Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[Moody]:
     moody = Moody(("127.0.0.1", 0), Handler)
     moody.answers, moody.seen = [], []
-    threading.Thread(target=moody.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield moody
-    moody.shutdown()
-    moody.server_close()
+    with answering(moody):
+        yield moody
 
 
 def connect(server: Moody, waits: list[float] | None = None, **given: Any) -> Endpoint:

@@ -74,7 +74,7 @@ def drawn(iteration: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_whole_recipe_equals_one_process(config: Path, tmp_path: Path) -> None:
-    """Four devices. Every process compiles everything, so four of them on two cores do one iteration."""
+    """On four devices. Four processes on two cores compile all four times: one iteration unless told otherwise."""
     run(config, tmp_path / "one", 1, 4)
     for count, iterations in ((2, 2), (4, int(os.environ.get("DRIFT_ITERATIONS_OF_FOUR", "1")))):
         assert_equals_one_process(config, tmp_path / "one", tmp_path / str(count), count, iterations)
@@ -88,7 +88,7 @@ def assert_equals_one_process(config: Path, one: Path, ours: Path, count: int, i
     assert [[text in output for text in told] for output in outputs] == [[True] * 4] + [[False] * 4] * (count - 1)
 
     def files(folder: Path) -> set[str]:
-        beside = {".cache", "checkpoints", "tokens", *(f"iter_{i}" for i in range(iterations + 1, 3))}
+        beside = {".cache", "checkpoints", "tokens", *STAGES[iterations + 1 :]}
         every = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         return {str(path) for path in every if not set(path.parts) & beside}
 

@@ -7,7 +7,6 @@ import functools
 import json
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +30,7 @@ from drift_jax.stages.reference import RefLogps, write_ref_logps
 from drift_jax.stages.sample import completion_row
 from drift_jax.stages.tokens import load_tokenized
 from tests.bad_input import odd
+from tests.http_servers import answering
 from tests.report_runs import write_run
 from tests.tiny_pairs import build_tiny_policy, write_dsat, write_pairs
 from tests.wildbench_files import write_checkout, write_outputs, write_tasks
@@ -201,13 +201,8 @@ def judge_server(data: bytes) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 FILLERS: dict[str, Callable[[Path], None]] = {

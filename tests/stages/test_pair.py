@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +20,7 @@ from drift_jax.errors import ConfigError, DataError, StageError
 from drift_jax.records import Pair, read_pairs
 from drift_jax.stages import choose
 from drift_jax.stages.pair import check_choosing, pair_stage
+from tests.http_servers import answering
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_pairs import write_dsat
 
@@ -195,10 +195,8 @@ def server() -> Iterator[JudgeServer]:
     server = JudgeServer(("127.0.0.1", 0), Handler)
     server.seen = []
     server.answer = lambda body: (200, json.dumps({"reason": "It is the third.", "best": best_of(body)}))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with answering(server):
+        yield server
 
 
 def best_of(body: dict[str, Any], text: str = WORDS[2]) -> int:

@@ -105,10 +105,11 @@ def servers(
     """
     logs = tmp_path_factory.mktemp("logs")
     dirs = {"demo": demo_model_dir, "untied": models / "untied", "tied": models / "tied"}
+    rooms = {"demo": {"max_model_len": 2048}}
 
     def start(name: str) -> Running:
         model_dir = dirs[name]
-        config = make_config(model_dir, **({"vllm": {"max_model_len": 2048}} if name == "demo" else {}))
+        config = make_config(model_dir, vllm=rooms.get(name, {}))
         server = VllmServer(config, load_qwen_config(model_dir), model_dir, logs / f"{name}.log")
         stack.callback(server.stop)
         server.start(QUIET)
