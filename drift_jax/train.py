@@ -7,6 +7,7 @@ forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from drift_jax.compiled import recall
 from drift_jax.config import TrainConfig
 from drift_jax.data.batches import PairBatch, PairLoader, count_tokens, put_batch
+from drift_jax.data.packing import tokens_per_compilation
 from drift_jax.losses import (
     NLL_REDUCTIONS,
     NLL_TOKENS,
@@ -327,6 +329,11 @@ class Trainer:
     def compiled_shapes(self) -> int:
         """How many programs the update was compiled to by this trainer: one per row length, no more."""
         return self._shapes() - self._shapes_before
+
+    def compile_tokens(self, flops_per_weight: float) -> int:
+        """`packing.tokens_per_compilation` of this model on these devices."""
+        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
+        return tokens_per_compilation(self.layout.platform, self.layout.devices, weights, flops_per_weight)
 
     def _shapes(self) -> int:
         return self.jitted_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]

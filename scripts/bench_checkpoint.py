@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     layout, updates = build_layout(config.mesh), args.updates
     trainer = build_trainer(config, args.model, layout, 10 * updates)
     pairs = random_pairs(args.batch_size * updates, args.max_length, load_qwen_config(args.model).vocab_size)
-    loader = build_loader(config, layout, pairs)
+    loader = build_loader(config, trainer, pairs)
     start = time.monotonic()
     params = jax.block_until_ready(load_params(args.model, layout, config.train.master_dtype))
     load_s = time.monotonic() - start

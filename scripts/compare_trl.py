@@ -188,10 +188,10 @@ def run_ours(comparison: Comparison, model_dir: Path) -> Rows:
     params = load_policy(model_dir, layout, config.model.compute_dtype).params
     # Of the pairs that these updates take, in their batches.
     passed_over = ~np.isin(np.arange(len(comparison.pairs)), comparison.order)
-    reference = build_loader(config, layout, comparison.tokenized)
+    reference = build_loader(config, trainer, comparison.tokenized)
     known = KnownScores(passed_over, lambda *_: None)
     scores = trainer.score_pairs(params, reference, as_trained=True, known=known)
-    loader = build_loader(config, layout, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
+    loader = build_loader(config, trainer, comparison.tokenized, RefLogps(scores.logps, scores.last_logps))
     with stage_progress("drift_jax", comparison.steps, "updates", console=Console(stderr=True)) as bar:
         rows = []
         for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, comparison.steps):

@@ -45,7 +45,7 @@ def test_one_step_equals_the_golden(kind: str) -> None:
     layout = build_layout(MeshConfig(), jax.devices()[:1])
     trainer, params = build_trainer(config, GOLDENS / kind, layout, 1), load_params(GOLDENS / kind, layout)
     ref = np.array(golden["ref_logps"])
-    loader = build_loader(config, layout, pairs, RefLogps(ref, np.zeros_like(ref)))
+    loader = build_loader(config, trainer, pairs, RefLogps(ref, np.zeros_like(ref)))
     with use_layout(layout):
         batch = put_batch(loader.shuffled(0), layout)
         metrics, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, batch)
@@ -88,7 +88,7 @@ def test_one_update_of_a_preset_equals_the_golden(name: str, tmp_path: Path) -> 
     ref = np.array(PRESETS["ref_logps"])
     layout, qwen = build_layout(MeshConfig(), jax.devices()[:1]), load_qwen_config(GOLDENS / "qwen2")
     trainer, params = build_trainer(config, GOLDENS / "qwen2", layout, 1), load_params(GOLDENS / "qwen2", layout)
-    batch = build_loader(config, layout, pairs, RefLogps(ref, np.zeros_like(ref))).shuffled(0)
+    batch = build_loader(config, trainer, pairs, RefLogps(ref, np.zeros_like(ref))).shuffled(0)
     before = jax.tree.map(np.asarray, params)
     with use_layout(layout):
         _, grads = jax.jit(partial(loss_and_grads, trainer.setup))(params, put_batch(batch, layout))

@@ -144,7 +144,8 @@ def test_tokens_equal_those_of_old_trl(
     ours = tokenize_all(pairs, config, model_dir)
     hf = PreTrainedTokenizerFast.from_pretrained(model_dir)
     theirs = [old_trl.tokenize(pair_to_row(pair), hf, STACKS[truncation], s) for pair in pairs]
-    loader = build_loader(config, build_layout(config.mesh, jax.devices()[:1]), ours)
+    trainer = build_trainer(config, model_dir, build_layout(config.mesh, jax.devices()[:1]), steps=1)
+    loader = build_loader(config, trainer, ours)
     for step in range(loader.steps_per_epoch):
         sides = unpack(loader.shuffled(step))
         order = epoch_order(len(pairs), config.train.seed, 0)[step * 8 :][:8]
@@ -190,8 +191,8 @@ def train_ours(config: RunConfig, pairs: list[Pair], model_dir: Path) -> list[di
     steps = config.train.max_steps or 1
     trainer, params = build_trainer(config, model_dir, layout, steps), load_params(model_dir, layout)
     tokenized = tokenize_all(pairs, config, model_dir)
-    scores = trainer.score_pairs(params, build_loader(config, layout, tokenized), as_trained=True)
-    loader = build_loader(config, layout, tokenized, RefLogps(scores.logps, scores.last_logps))
+    scores = trainer.score_pairs(params, build_loader(config, trainer, tokenized), as_trained=True)
+    loader = build_loader(config, trainer, tokenized, RefLogps(scores.logps, scores.last_logps))
     return [host_metrics(m) for _, _, m, _ in trainer.fit(trainer.init_state(params), loader, steps)]
 
 

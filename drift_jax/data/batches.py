@@ -102,6 +102,7 @@ class PairLoader:
     split: Split = UNSPLIT  # `batch_split` of the layout
     tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
     attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.COSTS`
+    compile_tokens: int = 4096  # what `packing.tokens_per_compilation` says
 
     @property
     def steps_per_epoch(self) -> int:
@@ -170,7 +171,7 @@ class PairLoader:
         budget = token_budget(self.longest, pairs, split)
         if self.tokens_per_device is not None:
             budget = self.tokens_per_device * split.tokens
-        return plan_shapes(lengths, split, budget, self.attention)
+        return plan_shapes(lengths, split, budget, self.attention, self.compile_tokens)
 
     def _lost_ends(self, rows: Int[np.ndarray, "R"]) -> Bool[np.ndarray, "R 2"]:
         """Which completions lose their last token because of their neighbours."""

@@ -18,9 +18,12 @@ _MOST_TOKENS, _FEWEST_TOKENS = 16384, 2048
 # Shapes are planned on so many updates at most, spread evenly over the stage.
 _MOST_PLANNED = 256
 _MOST_SHAPES = 3
-# A further shape must save this share of all computed tokens to be worth its compilation, and so many in a stage: to
-# compile takes seconds on any machine, in which a CPU computes about as many.
-_WORTHWHILE, _FEWEST_SAVED = 0.01, 4096
+# A further shape must save this share of all computed tokens, and as many of them as are computed in the time that its
+# compilation takes; a share of the second size, of no very few tokens, is not given up however short the stage.
+_WORTHWHILE, _MOST_WASTED, _FEWEST_SAVED = 0.01, 0.05, 4096
+# FLOPs in that time, of a CPU with all its devices and of one other device: 8 seconds at 130 GFLOP/s, and 25 to 100 at
+# 400 (an H100) to 100 (a TPU v5e) TFLOP/s.
+_CPU_COMPILATION, _COMPILATION = 1e12, 1e16
 
 
 class Costs(NamedTuple):
@@ -77,6 +80,17 @@ def token_budget(longest: int, pairs: int, split: Split = UNSPLIT) -> int:
     return min(pairs * longest, max(longest, _MOST_TOKENS * split.tokens))
 
 
+def tokens_per_compilation(platform: str, devices: int, weights: int, flops_per_weight: float) -> int:
+    """Tokens that are computed in the time that it takes to compile one more shape.
+
+    Args:
+      platform: `jax.Device.platform`.
+      flops_per_weight: of all that is done with a token: 2 for a forward pass, 6 for one with its backward pass.
+    """
+    flops = _CPU_COMPILATION if platform == "cpu" else _COMPILATION * devices
+    return math.ceil(flops / (weights * flops_per_weight))
+
+
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Indices of pairs per row, by best fit in order of decreasing length (ties: the earlier index first).
 
@@ -115,7 +129,11 @@ def most_micro_batches(pairs: int, longest: int, shape: BatchShape) -> int:
 
 
 def plan_shapes(
-    batches: Sequence[Sequence[int]], split: Split, budget: int, attention: str = "splash"
+    batches: Sequence[Sequence[int]],
+    split: Split,
+    budget: int,
+    attention: str = "splash",
+    compile_tokens: int = _FEWEST_SAVED,
 ) -> tuple[BatchShape, ...]:
     """The few shapes with which the updates of a stage cost the least.
 
@@ -124,6 +142,7 @@ def plan_shapes(
       split: every shape's rows, and its length in blocks of `ROW_MULTIPLE`, are a multiple of it.
       budget: tokens of a micro-batch where its rows lie, as of `token_budget`; exceeded only where a pair is longer.
       attention: the back end, a key of `COSTS`.
+      compile_tokens: what `tokens_per_compilation` says.
     """
     longest = max(max(lengths) for lengths in batches)
     stride = -(-len(batches) // _MOST_PLANNED)
@@ -138,11 +157,16 @@ def plan_shapes(
         totals = {shape: sum(map(min, best, costs[shape])) for shape in costs}
         shape = min(totals, key=lambda shape: (totals[shape], -shape.tokens))
         saved = sum(best) - totals[shape]
-        if saved < max(_WORTHWHILE * sum(best), _FEWEST_SAVED / stride):
+        if saved < _least_saved(sum(best), compile_tokens / stride, _FEWEST_SAVED / stride):
             break
         chosen.append(shape)
         best = list(map(min, best, costs[shape]))
     return tuple(chosen)
+
+
+def _least_saved(computed: float, compilation: float, few: float) -> float:
+    """Tokens that one more shape must save of those computed without it."""
+    return max(_WORTHWHILE * computed, min(compilation, max(_MOST_WASTED * computed, few)))
 
 
 def choose_shape(

@@ -221,7 +221,7 @@ def build_programs(config: RunConfig, architecture: dict[str, Any], where: Slice
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(architecture), encoding="utf-8")
         trainer = build_trainer(config, Path(folder), layout, _STEPS)
-    batch = build_loader(config, layout, _longest_pairs(config)).shuffled(0)
+    batch = build_loader(config, trainer, _longest_pairs(config)).shuffled(0)
     return Programs(config, sizes, layout, where, trainer, batch)
 
 

@@ -25,7 +25,6 @@ from drift_jax.evaluation.preference import PairLogps, preference_numbers
 from drift_jax.files import check_checkpoint_place, remove_leftovers, write_json, write_jsonl
 from drift_jax.guards import FiniteWatch, RewardWatch, check_first_loss, check_params_changed
 from drift_jax.models.architecture import PAD_EMBEDDINGS
-from drift_jax.models.attention import resolve_attention
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.optim import describe_optimizer, total_steps, warmup_steps
@@ -168,7 +167,7 @@ class _Stage:
     def fit(self, state: TrainState, checkpointer: Checkpointer, timer: StageTimer) -> TrainState:
         """All updates that are left, with their metrics, guards, evaluations and checkpoints."""
         config, tracking, first = self.config, self.config.tracking, int(state.step)
-        loader = build_loader(config, self.trainer.layout, self.train, self.ref)
+        loader = build_loader(config, self.trainer, self.train, self.ref)
         if self.probe is not None and not self.probe.has_reference:
             self.probe.refer_to(self.ref.logps[: len(self.train)])
         meta = {"train": dataclasses.asdict(config.train), "pairs": len(self.train), "epochs": self.job.epochs}
@@ -251,7 +250,7 @@ class _Stage:
     def _reference(self, params: Any) -> RefLogps:
         """Of the pairs to train on, in the batches of the first epoch, then of the held-out ones."""
         every, count = self.train + self.test, len(self.train)
-        loader = build_loader(self.config, self.trainer.layout, self.train)
+        loader = build_loader(self.config, self.trainer, self.train)
         with RefJournal(self.job.out_dir, every) as journal:
             with stage_progress("reference log-probs", count, "pairs", console=self.console) as bar:
                 self.trainer.score_pairs(params, loader, bar.advance, True, journal.part(0, count))
@@ -321,7 +320,7 @@ def build_trainer(config: RunConfig, model_dir: Path, layout: Layout, steps: int
 
 
 def build_loader(
-    config: RunConfig, layout: Layout, pairs: list[TokenizedPair], ref: RefLogps | None = None
+    config: RunConfig, trainer: Trainer, pairs: list[TokenizedPair], ref: RefLogps | None = None
 ) -> PairLoader:
     """The loader of the pairs to train on. `ref` may go on after the pairs; None: zeros, for the reference pass."""
     t, count = config.train, len(pairs)
@@ -336,9 +335,10 @@ def build_loader(
         group_cut=build_rules(config.data).truncation.group_cut,
         group_size=t.group_size,
         ref_last_logps=zeros if ref is None else ref.last_logps[:count],
-        split=batch_split(layout),
+        split=batch_split(trainer.layout),
         tokens_per_device=t.tokens_per_device,
-        attention=resolve_attention(config.model.attention, layout.platform).name,
+        attention=trainer.setup.attention.name,
+        compile_tokens=trainer.compile_tokens(2 + 6 * t.epochs),
     )
 
 

@@ -43,6 +43,7 @@ def score_pairs(
         split=batch_split(trainer.layout),
         tokens_per_device=t.tokens_per_device,
         attention=trainer.setup.attention.name,
+        compile_tokens=trainer.compile_tokens(2),
     )
     with stage_progress(what, len(pairs), "pairs", console=console) as bar:
         return trainer.score_pairs(params, loader, bar.advance, known=known)

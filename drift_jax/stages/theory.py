@@ -116,6 +116,7 @@ class Probe:
             max_length=data.max_length,
             split=batch_split(layout),
             attention=self._trainer.setup.attention.name,
+            compile_tokens=self._trainer.compile_tokens(6),
         )
         with stage_progress(what, len(pairs), "pairs", console=self._console) as bar:
             return self._trainer.measure_pairs(params, loader, bar.advance)

@@ -57,9 +57,9 @@ def run_epoch(config: RunConfig, trainer: Any, pairs: list[TokenizedPair], steps
     params = load_policy(Path(config.model.path), trainer.layout, config.model.compute_dtype).params
     jax.block_until_ready(params)
     start = time.perf_counter()
-    scores = trainer.score_pairs(params, build_loader(config, trainer.layout, pairs), as_trained=True)
+    scores = trainer.score_pairs(params, build_loader(config, trainer, pairs), as_trained=True)
     reference_seconds = time.perf_counter() - start
-    loader = build_loader(config, trainer.layout, pairs, RefLogps(scores.logps, scores.last_logps))
+    loader = build_loader(config, trainer, pairs, RefLogps(scores.logps, scores.last_logps))
     metrics = [metrics for _, _, metrics, _ in trainer.fit(trainer.init_state(params), loader, steps)]
     rows = [host_metrics(row) for row in metrics]  # waits for the last update
     seconds = time.perf_counter() - start

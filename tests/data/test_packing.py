@@ -18,6 +18,7 @@ from drift_jax.data.packing import (
     pack_rows,
     plan_shapes,
     token_budget,
+    tokens_per_compilation,
 )
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
@@ -90,6 +91,24 @@ def test_short_updates_get_shorter_rows() -> None:
     shapes = plan_shapes(updates * 20, split=Split(1), budget=2048)
     assert choose_shape([2000, 100], shapes, 1).length == 2048
     assert choose_shape([900, 800], shapes, 1) == BatchShape(1, 1792)
+
+
+def test_a_further_shape_must_save_what_its_compilation_takes() -> None:
+    """By one these updates compute 10,240 of 245,760 tokens fewer, 4.2 %; without the first of each three 6.3 %."""
+    updates = [[2000, 100], [2000, 100], [900, 800], [950, 700]] * 20
+    assert len(plan_shapes(updates, UNSPLIT, 2048, compile_tokens=10_000)) == 2
+    assert len(plan_shapes(updates, UNSPLIT, 2048, compile_tokens=12_000)) == 1
+    fewer = [lengths for i, lengths in enumerate(updates) if i % 4]
+    assert len(plan_shapes(fewer, UNSPLIT, 2048, compile_tokens=12_000)) == 2, "so much is not given up"
+    assert len(plan_shapes(fewer[:6], UNSPLIT, 2048, compile_tokens=12_000)) == 1, "of a very short stage it is"
+
+
+def test_a_compilation_takes_as_long_as_more_tokens_of_a_small_model_and_of_many_devices() -> None:
+    assert tokens_per_compilation("cpu", 1, 125_000_000, 8) == tokens_per_compilation("cpu", 8, 125_000_000, 8) == 1000
+    assert tokens_per_compilation("cpu", 1, 125_000, 8) == 1_000_000
+    one, eight = (tokens_per_compilation("gpu", devices, 1_250_000_000, 8) for devices in (1, 8))
+    assert one == 1_000_000 and eight == 8 * one
+    assert tokens_per_compilation("gpu", 1, 1_250_000_000, 2) == 4 * one, "scores need only a forward pass"
 
 
 def test_rows_of_several_pairs_are_taken_where_they_pack_better() -> None:
