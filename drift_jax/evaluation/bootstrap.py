@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from drift_jax.evaluation.intervals import LEVEL, Interval
 
@@ -41,7 +41,7 @@ def ratio_interval(
     rest = numerators - ratio * weights  # the ratio of these is 0, so that nothing cancels below
     error = float(rest.std(ddof=1)) / math.sqrt(rows) / float(weights.mean())
     tail = (1 - level) / 2
-    ends = stats.t.ppf([tail, 1 - tail], rows - 1)
+    ends = special.stdtrit(rows - 1, [tail, 1 - tail])
     if rows >= _FEWEST and error > 0:
         with np.errstate(invalid="ignore"):
             found = np.quantile(_resampled_errors(rest, weights, resamples, seed), [tail, 1 - tail])

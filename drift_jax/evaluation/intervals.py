@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 LEVEL = 0.95
 _AT_ONCE = 2_000_000  # rows drawn before the statistic is computed: what memory they take
@@ -95,4 +95,4 @@ def bootstrap_interval(
 def _quantile(count: int, level: float) -> float:
     """Of Student's t, two-sided; of the normal distribution for a single value."""
     upper = (1 + level) / 2
-    return float(stats.t.ppf(upper, count - 1) if count > 1 else stats.norm.ppf(upper))
+    return float(special.stdtrit(count - 1, upper) if count > 1 else special.ndtri(upper))

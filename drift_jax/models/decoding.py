@@ -61,6 +61,12 @@ def _place(dims: Dims, x: Array) -> Array:
 _TURNED = {("attention", "o"): (1, 2, 0)}
 
 
+@partial(jax.jit, static_argnums=1)
+def _unstack(stack: Array, order: tuple[int, ...] | None) -> tuple[Array, ...]:
+    """The layers of a stack, each with its dims in another order. One function for all samplers: it compiles once."""
+    return tuple(layer if order is None else layer.transpose(order) for layer in stack)
+
+
 def split_layers(params: dict[str, Any], consume: bool = False) -> dict[str, Any]:
     """Parameters with an array per layer, in place of stacks.
 
@@ -71,9 +77,7 @@ def split_layers(params: dict[str, Any], consume: bool = False) -> dict[str, Any
     count = len(jax.tree.leaves(stacked)[0])
 
     def unstack(path: tuple[Any, ...], leaf: Array) -> tuple[Array, ...]:
-        order = _TURNED.get(tuple(key.key for key in path))
-        turn = jax.jit(lambda x: tuple(x[i] if order is None else x[i].transpose(order) for i in range(count)))
-        layers = turn(leaf)
+        layers = _unstack(leaf, _TURNED.get(tuple(key.key for key in path)))
         if consume:
             jax.block_until_ready(layers)
             leaf.delete()

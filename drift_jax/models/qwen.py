@@ -8,7 +8,7 @@ leading `layers` dim and scanned, so compile time does not grow with depth.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast, final
 
 import jax
@@ -259,6 +259,11 @@ def declare_qwen(config: QwenConfig, dtype: DTypeLike = jnp.float32) -> tuple[An
     `nnx.merge(graphdef, params)` with a dict of arrays of the same structure is a working model that computes in
     `dtype`.
     """
+    return _declare(config, jnp.dtype(dtype))
+
+
+@lru_cache(maxsize=8)
+def _declare(config: QwenConfig, dtype: Any) -> tuple[Any, dict[str, Any]]:
     model = nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(model)
     declared = jax.tree.map(
