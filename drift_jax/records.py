@@ -28,24 +28,18 @@ from typing import Any, Generic, Literal, TypeVar
 
 from drift_jax.errors import BadRowsError, DataError
 from drift_jax.reading import HalfPairError, open_file, parse_json
+from drift_jax.row_problems import PAIR_KEYS, LoggedSide, Row, logged_keys, logged_problems, name_kind, pair_problems
 
-Row = dict[str, Any]
 OnBadRow = Literal["error", "skip"]
-LoggedSide = Literal["chosen", "rejected"]  # where the logged reply stands: of SAT, of DSAT records
 RecordT = TypeVar("RecordT")
 
 LONGEST_ROW = 64 << 20  # bytes; a row that is longer is no row of a dialogue
-# Characters of a dialogue's messages, about a million tokens. A tokenizer takes 240 bytes of memory for each.
-LONGEST_DIALOGUE = 4 << 20
-ROLES = ("system", "user", "assistant")
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
-_PAIR_KEYS = ("prompt", "chosen", "rejected")
-_ABSENT = object()  # a missing key, which is reported once for the whole row
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue; `role` is one of `ROLES`."""
+    """One turn of a dialogue; `role` is one of `row_problems.ROLES`."""
 
     role: str
     content: str
@@ -131,7 +125,7 @@ def read_pairs(path: str | Path, on_bad_row: OnBadRow = "error") -> Rows[Pair]:
 
     Arguments and errors as in `read_dsat`.
     """
-    return _read(Path(path), on_bad_row, _pair_problems, _pair_from_row)
+    return _read(Path(path), on_bad_row, pair_problems, _pair_from_row)
 
 
 def read_pair_share(path: str | Path, index: int, count: int) -> Share[Pair]:
@@ -140,7 +134,7 @@ def read_pair_share(path: str | Path, index: int, count: int) -> Share[Pair]:
     Raises:
       DataError: as `read_dsat`, less what concerns single rows.
     """
-    return _read_share(Path(path), index, count, _pair_problems, _pair_from_row)
+    return _read_share(Path(path), index, count, pair_problems, _pair_from_row)
 
 
 def dsat_to_row(record: DsatRecord) -> Row:
@@ -188,7 +182,7 @@ def _read(
 def _read_logged(
     path: Path, on_bad_row: OnBadRow, kind: type[DsatRecord] | type[SatRecord], side: LoggedSide
 ) -> Rows[Any]:
-    return _read(path, on_bad_row, partial(_logged_problems, side), partial(_logged_from_row, kind, side))
+    return _read(path, on_bad_row, partial(logged_problems, side), partial(_logged_from_row, kind, side))
 
 
 def _read_share(
@@ -291,130 +285,15 @@ def _parse(raw: bytes) -> tuple[Row | None, list[str]]:
     except ValueError as error:
         return None, [f"not JSON: {error}"]
     if not isinstance(row, dict):
-        return None, [f"a row must be a JSON object, found {_kind(row)}"]
+        return None, [f"a row must be a JSON object, found {name_kind(row)}"]
     return row, []
-
-
-# ------------------------------------------------------------------------------------------- validation
-
-
-def _logged_problems(side: LoggedSide, row: Row) -> list[str]:
-    return (
-        _missing(row, _logged_keys(side))
-        + _prompt_problems(row.get("prompt", _ABSENT))
-        + _reply_problems(row.get(side, _ABSENT), side)
-        + _message_problems(row.get("user_preference", _ABSENT), "user_preference", "user")
-        + _length_problems(row, _logged_keys(side))
-        + _id_problems(row, "id")
-    )
-
-
-def _pair_problems(row: Row) -> list[str]:
-    meta = row.get("meta", {})
-    return (
-        _missing(row, _PAIR_KEYS)
-        + _prompt_problems(row.get("prompt", _ABSENT))
-        + _reply_problems(row.get("chosen", _ABSENT), "chosen")
-        + _reply_problems(row.get("rejected", _ABSENT), "rejected")
-        + _length_problems(row, _PAIR_KEYS)
-        + _id_problems(row, "id")
-        + (
-            _id_problems(meta, "id", "meta.")
-            if isinstance(meta, dict)
-            else [f"meta must be an object, found {_kind(meta)}"]
-        )
-    )
-
-
-def _missing(row: Row, keys: tuple[str, ...]) -> list[str]:
-    absent = [key for key in keys if key not in row]
-    if not absent:
-        return []
-    return [f"missing {', '.join(absent)}; a row needs {', '.join(keys)}, found {', '.join(row)[:200] or 'none'}"]
-
-
-def _prompt_problems(prompt: Any) -> list[str]:
-    """A prompt is an optional system message, then user and assistant in turn, from user to user."""
-    if prompt is _ABSENT:
-        return []
-    if not isinstance(prompt, list):
-        return [f"prompt must be a list of messages, found {_kind(prompt)}"]
-    if not prompt:
-        return ["prompt is an empty list; it must end with a user message"]
-    problems = [why for i, item in enumerate(prompt) for why in _message_problems(item, f"prompt[{i}]")]
-    if problems:
-        return problems
-    roles = [item["role"] for item in prompt]
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
-    if turns != expected or len(turns) % 2 == 0:
-        problems.append(
-            "prompt roles must be an optional system, then user and assistant in turn, ending with user; "
-            f"found {', '.join(roles)[:200]}"
-        )
-    return problems
-
-
-def _reply_problems(reply: Any, key: str) -> list[str]:
-    if reply is _ABSENT:
-        return []
-    if not isinstance(reply, list) or len(reply) != 1:
-        found = f"a list of {len(reply)}" if isinstance(reply, list) else _kind(reply)
-        return [f"{key} must be a list of one assistant message, found {found}"]
-    return _message_problems(reply[0], f"{key}[0]", "assistant")
-
-
-def _message_problems(message: Any, where: str, role: str | None = None) -> list[str]:
-    if message is _ABSENT:
-        return []
-    if not isinstance(message, dict):
-        return [f"{where} must be an object with role and content, found {_kind(message)}"]
-    problems = []
-    unknown = sorted(set(message) - {"role", "content"})
-    if unknown:
-        problems.append(f"{where} may hold role and content only, found also {', '.join(unknown)[:200]}")
-    allowed = (role,) if role else ROLES
-    if message.get("role") not in allowed:
-        problems.append(f"{where}.role must be {' or '.join(allowed)}, found {message.get('role')!r:.80}")
-    content = message.get("content")
-    if not isinstance(content, str):
-        problems.append(f"{where}.content must be a string, found {_kind(content)}")
-    elif not content.strip():
-        problems.append(f"{where}.content is empty")
-    return problems
-
-
-def _length_problems(row: Row, keys: tuple[str, ...]) -> list[str]:
-    parts = [row.get(key) for key in keys]
-    messages = [message for part in parts for message in (part if isinstance(part, list) else [part])]
-    texts = [message.get("content") for message in messages if isinstance(message, dict)]
-    total = sum(len(text) for text in texts if isinstance(text, str))
-    if total <= LONGEST_DIALOGUE:
-        return []
-    return [f"the messages have {total:,} characters, at most {LONGEST_DIALOGUE:,} are read: this is no dialogue"]
-
-
-def _id_problems(row: Row, key: str, prefix: str = "") -> list[str]:
-    value = row.get(key, "row")
-    if (isinstance(value, str) and value.strip()) or type(value) is int:
-        return []
-    return [f"{prefix}{key} must be a string that is not empty, found {value!r:.80}"]
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return {**names, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
 
 
 # ------------------------------------------------------------------------------------------- conversion
 
 
-def _logged_keys(side: LoggedSide) -> tuple[str, ...]:
-    return ("prompt", side, "user_preference")
-
-
 def _logged_from_row(kind: type[DsatRecord] | type[SatRecord], side: LoggedSide, row: Row) -> DsatRecord | SatRecord:
-    keys = _logged_keys(side)
+    keys = logged_keys(side)
     return kind(
         str(row["id"]) if "id" in row else _content_id(row, keys),
         _messages(row["prompt"]),
@@ -430,7 +309,7 @@ def _logged_to_row(record: DsatRecord | SatRecord, side: LoggedSide, reply: str)
         side: [{"role": "assistant", "content": reply}],
         "user_preference": {"role": "user", "content": record.user_preference},
     }
-    identity = {} if record.id == _content_id(row, _logged_keys(side)) else {"id": record.id}
+    identity = {} if record.id == _content_id(row, logged_keys(side)) else {"id": record.id}
     return {**identity, **row, **record.extra}
 
 
@@ -441,7 +320,7 @@ def _pair_from_row(row: Row) -> Pair:
         chosen=row["chosen"][0]["content"],
         rejected=row["rejected"][0]["content"],
         meta=dict(row.get("meta", {})),
-        extra={key: value for key, value in row.items() if key not in ("meta", *_PAIR_KEYS)},
+        extra={key: value for key, value in row.items() if key not in ("meta", *PAIR_KEYS)},
     )
 
 
@@ -449,7 +328,7 @@ def _pair_id(row: Row) -> str:
     for holder in (row.get("meta", {}), row):
         if "id" in holder:
             return str(holder["id"])
-    return _content_id(row, _PAIR_KEYS)
+    return _content_id(row, PAIR_KEYS)
 
 
 def _messages(rows: list[dict[str, str]]) -> tuple[Message, ...]:

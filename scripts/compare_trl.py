@@ -48,7 +48,8 @@ from drift_jax.records import Pair, pair_to_row, read_pairs  # noqa: E402
 from drift_jax.sharding import build_layout  # noqa: E402
 from drift_jax.stages.dpo import build_loader, build_trainer  # noqa: E402
 from drift_jax.stages.reference import RefLogps  # noqa: E402
-from drift_jax.train import KnownScores, host_metrics  # noqa: E402
+from drift_jax.step import KnownScores  # noqa: E402
+from drift_jax.train import host_metrics  # noqa: E402
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 QUANTITIES = ("loss", "grad_norm", "learning_rate", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")

@@ -20,7 +20,8 @@ from drift_jax.errors import StageError
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.qwen import declare_qwen, init_params
 from drift_jax.sharding import build_layout
-from drift_jax.train import Trainer, TrainState
+from drift_jax.step import TrainState
+from drift_jax.train import Trainer
 from tests.full_disk import full_disk  # noqa: F401
 from tests.processes import run_together
 from tests.tiny_models import VOCAB

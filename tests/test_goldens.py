@@ -20,7 +20,8 @@ from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, use_layout
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.stages.reference import RefLogps
-from drift_jax.train import host_metrics, loss_and_grads
+from drift_jax.step import loss_and_grads
+from drift_jax.train import host_metrics
 from tests.hf_tensors import to_hf_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -23,7 +23,8 @@ from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.intervals import KeyIntervals, KeySpans
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_layout, use_layout
-from drift_jax.train import MicroBatch, Trainer, arrange, host_metrics, loss_and_grads
+from drift_jax.step import MicroBatch, arrange, loss_and_grads
+from drift_jax.train import Trainer, host_metrics
 from tests.hf_tensors import to_hf_tensors
 from tests.plain_step import PlainScores, plain_batch, plain_step
 from tests.tiny_models import VOCAB, build_tiny_model
@@ -236,7 +237,7 @@ def test_rows_in_the_order_of_the_kernels_equal_plain(seven_pairs: Any, change: 
     scene, loader, expected, expected_grads = seven_pairs
     kernel = AttentionBackend("turned", None, True, attend_intervals)
     setup = dataclasses.replace(scene.trainer.setup, attention=kernel)
-    with patch("drift_jax.train.arrange", change):
+    with patch("drift_jax.step.arrange", change):
         metrics, grads = run_packed(scene._replace(packed=jax.jit(partial(loss_and_grads, setup))), loader.shuffled(0))
     error, grad_error = worst_metric(metrics, expected), worst_gradient(scene, grads, expected_grads)
     if change is arrange:

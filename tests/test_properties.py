@@ -31,7 +31,8 @@ from drift_jax.models.intervals import KeyIntervals
 from drift_jax.models.logps import Tile, choose_tile
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import Layout, build_layout, use_layout
-from drift_jax.train import MicroBatch, PairScores, Trainer, arrange, host_metrics, loss_and_grads
+from drift_jax.step import MicroBatch, PairScores, arrange, loss_and_grads
+from drift_jax.train import Trainer, host_metrics
 from tests.tiny_models import VOCAB, build_tiny_model
 
 CONFIG = TrainConfig(beta=0.3, label_smoothing=0.1, rpo_alpha=0.5, batch_size=4, learning_rate=1e-4, warmup_ratio=0.0)
@@ -126,7 +127,7 @@ class Scorer:
         rest = {"max_length": 512, "tokens_per_device": layout.budget, "change": change, "shuffle": shuffle}
         loader = ChangedLoader(pairs, np.zeros((len(pairs), 2)), layout.batch_size, 1, **rest)
         by_layout = (lambda *_: Tile(layout.chunk, 100)) if layout.chunk else choose_tile
-        with patch("drift_jax.train.choose_tile", by_layout), patch("drift_jax.train.arrange", arranged):
+        with patch("drift_jax.step.choose_tile", by_layout), patch("drift_jax.step.arrange", arranged):
             return self.trainers[key].score_pairs(self.params, loader, as_trained=shuffle is not None)
 
     def step(self, pairs: list[TokenizedPair], ref_logps: np.ndarray) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_jax import files, records
+from drift_jax import files, records, row_problems
 from drift_jax.errors import BadRowsError, DataError, StageError
 from drift_jax.files import atomic_writer, write_json, write_jsonl
 from drift_jax.records import DsatRecord, Message, Pair, dsat_to_row, pair_to_row, read_dsat, read_pairs
@@ -245,7 +245,7 @@ def test_a_row_that_is_no_dialogue_is_refused_by_its_length(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All messages together count, as all are tokenised together."""
-    monkeypatch.setattr(records, "LONGEST_DIALOGUE", 300)
+    monkeypatch.setattr(row_problems, "LONGEST_DIALOGUE", 300)
     turns = [{"role": role, "content": "x" * 60} for role in ("user", "assistant", "user")]
     make, read = {"dsat": (dsat_row, read_dsat), "pair": (pair_row, read_pairs)}[kind]
     last = {"dsat": "rejected", "pair": "chosen"}[kind]

@@ -35,7 +35,8 @@ from drift_jax.sharding import (
     to_spec,
     use_layout,
 )
-from drift_jax.train import Trainer, host_metrics, loss_and_grads
+from drift_jax.step import loss_and_grads
+from drift_jax.train import Trainer, host_metrics
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs
 

@@ -23,7 +23,8 @@ from drift_jax.models.attention import BACKENDS
 from drift_jax.models.hf import load_params, load_qwen_config
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sharding import build_layout, check_batch, use_layout
-from drift_jax.train import Trainer, arrange, evaluate_scores, host_metrics, loss_and_grads, micro_batch
+from drift_jax.step import arrange, loss_and_grads, micro_batch
+from drift_jax.train import Trainer, evaluate_scores, host_metrics
 from tests.hf_tensors import to_hf_tensors
 from tests.tiny_models import build_tiny_model
 from tests.tiny_pairs import random_pairs

@@ -11,7 +11,8 @@ from typing import Any
 
 from drift_jax.errors import DataError
 from drift_jax.evaluation.json_rows import read_json
-from drift_jax.records import ROLES, Message
+from drift_jax.records import Message
+from drift_jax.row_problems import ROLES
 
 _ID_KEYS = ("id", "session_id")
 _OUTPUT_KEYS = ("output", "text", "response", "completion")

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from drift_jax.errors import DataError
 from drift_jax.evaluation.json_rows import read_json
 from drift_jax.evaluation.wildbench import CUT_MARK, EMPTY_TEXT, REFERENCES, Outcome, PairRow, ScoreRow, groups_of
-from drift_jax.records import ROLES
+from drift_jax.row_problems import ROLES
 
 T = TypeVar("T")
 

@@ -42,7 +42,7 @@ from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.published import find_architecture
 from drift_jax.sharding import ACTIVATIONS, Layout, build_layout, to_spec
 from drift_jax.stages.dpo import build_trainer
-from drift_jax.train import TrainState
+from drift_jax.step import TrainState
 
 # Of the stacked parameters the one that is drawn unless another is asked for: half of a model is like it.
 DRAWN = "blocks.mlp.gate"

@@ -14,7 +14,7 @@ from drift_jax.config import RunConfig
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.qwen import declare_qwen, is_declared
 from drift_jax.sharding import ACTIVATIONS, STRATEGIES, Dims, Layout, to_spec
-from drift_jax.train import TrainState
+from drift_jax.step import TrainState
 
 Axes = tuple[str, ...]
 

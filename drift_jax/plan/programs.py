@@ -138,14 +138,14 @@ class Programs:
     def count_region(self, region: Region) -> float:
         """How often a loop turns whose length is known at run time only, and a branch is taken.
 
-        A loop written in train.py goes over micro-batches, in logps.py over chunks of completion tokens, in
+        A loop written in step.py goes over micro-batches, in logps.py over chunks of completion tokens, in
         sampling/local.py over new tokens, of which no row ends early. Other such loops (blocks of keys of the plain XLA
         attention) count once. An update is one that does not count changed weights (the conditional of optim.py).
         """
         where = region.sources[0] if region.sources else ""
         if not region.is_loop:
             return 0.0 if where.endswith("optim.py") else 1.0
-        if where.endswith("train.py"):
+        if where.endswith("step.py"):
             return float(self.batch.micro_batches)
         if where.endswith("logps.py"):
             return float(self.chunks)

@@ -35,9 +35,10 @@ from drift_jax.stages.reference import RefJournal, RefLogps, share_ref_logps
 from drift_jax.stages.scoring import pair_logps, score_pairs
 from drift_jax.stages.theory import Probe
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
+from drift_jax.step import Metrics, TrainState
 from drift_jax.stopping import Stopped
 from drift_jax.telemetry import MetricsWriter, StageTimer, finite_losses, read_metrics
-from drift_jax.train import Metrics, Trainer, TrainState, evaluate_scores, host_metrics
+from drift_jax.train import Trainer, evaluate_scores, host_metrics
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from drift_jax.errors import StageError
 from drift_jax.files import atomic_writer
 from drift_jax.journal import Journal
 from drift_jax.reading import read_arrays
+from drift_jax.step import KnownScores, PairScores
 from drift_jax.stopping import Stopped
-from drift_jax.train import KnownScores, PairScores
 
 _REMEDY = "Remove it, and it is computed again."
 _WRITE_S = 1.0  # between two writes of the journal: each waits for the disk

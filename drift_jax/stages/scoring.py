@@ -14,7 +14,8 @@ from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.evaluation.preference import PairLogps
 from drift_jax.progress import stage_progress
-from drift_jax.train import KnownScores, PairScores, Trainer
+from drift_jax.step import KnownScores, PairScores
+from drift_jax.train import Trainer
 
 
 def score_pairs(
