@@ -51,12 +51,13 @@ def write(folder: Path, template: str) -> Path:
 
 @pytest.mark.parametrize("kind", EXCESSES)
 def test_a_template_without_end_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_trial, "SECONDS", 1)
-    source = template_trial.__file__
-    shortened = tmp_path / "trial.py"  # the child reads the limit from its file
-    shortened.write_text(Path(source).read_text().replace("SECONDS = 10 ", "SECONDS = 1 "))
-    monkeypatch.setattr(template_trial, "__file__", str(shortened))
     hostile, says = EXCESSES[kind]
+    if "seconds" in says:  # a busy machine may take as long as this for the memory that others want
+        monkeypatch.setattr(template_trial, "SECONDS", 1)
+        source = template_trial.__file__
+        shortened = tmp_path / "trial.py"  # the child reads the limit from its file
+        shortened.write_text(Path(source).read_text().replace("SECONDS = 10 ", "SECONDS = 1 "))
+        monkeypatch.setattr(template_trial, "__file__", str(shortened))
     start = time.monotonic()
     with pytest.raises(ModelError, match=f"chat template cannot be used: it .*{says}.*chat_template.jinja"):
         load_tokenizer(write(tmp_path / "model", CHATML + hostile))

@@ -229,9 +229,10 @@ def test_what_fails_on_one_process_is_raised_on_both(model_dir: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured here")
 def test_loading_and_writing_take_little_more_than_the_parameters(tmp_path: Path) -> None:
-    # Sized so that its pieces are to it what the usual ones are to a model of some GiB.
+    # Sized so that its pieces are to it what the usual ones are to a model of some GiB, and large enough for the 46 MB
+    # that the process takes besides, whatever the size.
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
-    big = ARCHITECTURES["qwen2.5-7b"] | sizes | {"num_hidden_layers": 6, "vocab_size": 32000}
+    big = ARCHITECTURES["qwen2.5-7b"] | sizes | {"num_hidden_layers": 9, "vocab_size": 32000}
     small = big | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 512}
     make_random_model(big, tmp_path / "big")
     make_random_model(small, tmp_path / "small")

@@ -263,13 +263,19 @@ def test_a_server_that_is_killed_loses_nothing(servers: dict[str, Running]) -> N
     process = victim.server._process
     assert process is not None
     family = supervise.descendants(process.pid)
+    alone = {(c.row_id, c.sample): c for c in sampler_of(survivor).sample(requests, params)}
     kept: list[Completion] = []
     lines: list[str] = []
     killed = threading.Event()
 
+    def of_victim(completions: list[Completion]) -> int:
+        """How many another model drew than the survivor's."""
+        return sum(c != alone[c.row_id, c.sample] for c in completions)
+
     def keep(completions: list[Completion]) -> None:
         kept.extend(completions)
-        if len(kept) >= 60 and not killed.is_set():
+        # By what the victim has done: on a busy machine the survivor may be far ahead of it.
+        if of_victim(kept) >= 30 and not killed.is_set():
             killed.set()
             engine = next(pid for pid in family if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
             os.kill(engine, 9)
@@ -280,8 +286,6 @@ def test_a_server_that_is_killed_loses_nothing(servers: dict[str, Running]) -> N
     assert len(names) == len(set(names)) == 300 and [(c.row_id, c.sample) for c in drawn] == [
         (r.row_id, r.sample) for r in requests
     ]
-    alone = sampler_of(survivor).sample(requests, params)
-    same = [a == b for a, b in zip(drawn, alone, strict=True)]
-    assert 0 < same.count(False) < 60 + 2 * 16  # what the victim, another model, had drawn before
+    assert 30 <= of_victim(drawn) < 60 + 2 * 16  # what the victim had drawn before, and was about to hand over
     victim.server.stop()
     assert not supervise.descendants(process.pid)
