@@ -10,11 +10,12 @@ import pytest
 
 from drift_jax import compiled
 from drift_jax.config import MeshConfig, TrainConfig
+from drift_jax.models import decoding
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.policy import load_policy
 from drift_jax.models.qwen import declare_qwen
 from drift_jax.sampling.base import SampleRequest, SamplingParams
-from drift_jax.sampling.local import LocalSampler
+from drift_jax.sampling.local import LocalSampler, split_policy
 from drift_jax.sharding import build_layout
 from drift_jax.train import Trainer
 from tests.tiny_pairs import build_tiny_policy
@@ -74,3 +75,11 @@ def test_a_second_sampler_compiles_nothing_and_takes_its_own_weights(model_dir: 
     compiled._LAST.clear()
     fresh = LocalSampler(dataclasses.replace(policy, params=moved), 4).sample(requests, GREEDY)
     assert [(c.token_ids, c.token_logps) for c in fresh] == [(c.token_ids, c.token_logps) for c in found]
+
+
+def test_a_second_policy_is_taken_apart_by_the_programs_of_the_first(model_dir: Path) -> None:
+    sizes = []
+    for _ in range(2):
+        split_policy(load_policy(model_dir, build_layout(MeshConfig(), jax.devices()[:1]), "float32"))
+        sizes.append(decoding._unstack._cache_size())
+    assert sizes[0] == sizes[1] > 0

@@ -257,7 +257,7 @@ def declare_qwen(config: QwenConfig, dtype: DTypeLike = jnp.float32) -> tuple[An
     """(graphdef, nested dict of `Declared`): the model without any memory behind it.
 
     `nnx.merge(graphdef, params)` with a dict of arrays of the same structure is a working model that computes in
-    `dtype`.
+    `dtype`. Every call with the same sizes gives the same objects, which are not to be changed.
     """
     return _declare(config, jnp.dtype(dtype))
 

@@ -8,10 +8,11 @@ This is the one file of the plan that makes meshes and puts them in force.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,13 +99,14 @@ class Programs:
 
     def compile(self, name: str) -> jax.stages.Compiled:
         """A key of `PROGRAMS`. Raises what the compiler raises where it does not fit."""
-        if name == "sampler":
-            return self._compile_sampler(sampling_layout_of(self.config, self.architecture, self.where))
-        state, batch = self.trainer.abstract_state, self._placed_batch()
-        with use_layout(self.layout):
-            if name == "reference":
-                return self.trainer.jitted_score.lower(state.params, batch).compile()
-            return self.trainer.jitted_step.lower(state, batch).compile()
+        with _named_after_this_source():
+            if name == "sampler":
+                return self._compile_sampler(sampling_layout_of(self.config, self.architecture, self.where))
+            state, batch = self.trainer.abstract_state, self._placed_batch()
+            with use_layout(self.layout):
+                if name == "reference":
+                    return self.trainer.jitted_score.lower(state.params, batch).compile()
+                return self.trainer.jitted_step.lower(state, batch).compile()
 
     def _placed_batch(self) -> PairBatch:
         return jax.tree.map(
@@ -223,6 +225,18 @@ def build_programs(config: RunConfig, architecture: dict[str, Any], where: Slice
         trainer = build_trainer(config, Path(folder), layout, _STEPS)
     batch = build_loader(config, trainer, _longest_pairs(config)).shuffled(0)
     return Programs(config, sizes, layout, where, trainer, batch)
+
+
+@contextlib.contextmanager
+def _named_after_this_source() -> Iterator[None]:
+    """Compiles what JAX's persistent cache has from other source files: `count_region` knows loops by their files."""
+    key = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, key)
+    jax.config.update(key, True)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
 
 
 def _longest_pairs(config: RunConfig) -> list[TokenizedPair]:

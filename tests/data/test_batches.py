@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tests.tiny_pairs import random_pairs
 
 REPO = Path(__file__).parents[2]
 REAL_DATA = REPO.parent / "shared" / "data" / "dsat_real.jsonl"
-DEMO_MODEL = Path(os.environ.get("DRIFT_DEMO_MODEL", REPO / ".cache" / "demo_model"))
 
 
 def make_pair(name: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
@@ -245,12 +243,11 @@ def test_the_real_share_counts_what_is_computed(two_pairs: PairLoader) -> None:
 
 
 @pytest.fixture(scope="module")
-def real_pairs() -> list[TokenizedPair]:
+def real_pairs(demo_model_dir: Path) -> list[TokenizedPair]:
     """The complaint's reply against the reply after it; prompts of up to 1024 tokens, 2048 with a completion."""
-    for path in (REAL_DATA, DEMO_MODEL / "tokenizer.json"):
-        if not path.exists():
-            pytest.skip(f"{path} is not there")
-    tokenizer, data = load_tokenizer(DEMO_MODEL), DataConfig(max_length=2048, max_prompt_length=1024)
+    if not REAL_DATA.exists():
+        pytest.skip(f"{REAL_DATA} is not there")
+    tokenizer, data = load_tokenizer(demo_model_dir), DataConfig(max_length=2048, max_prompt_length=1024)
     answered = [record for record in read_dsat(REAL_DATA).records if record.extra.get("next_assistant")]
     pairs = [Pair(r.id, r.prompt, r.extra["next_assistant"], r.rejected, {}) for r in answered]
     return [tokenize_pair(pair, tokenizer, data.max_prompt_length, data.max_length) for pair in pairs]
@@ -261,6 +258,7 @@ def measure_share(pairs: list[TokenizedPair], attention: str, ways: int, **rest:
     return PairLoader(pairs, zeros, 32, 1, 2048, seed=42, **where, **rest).real_token_share()
 
 
+@pytest.mark.demo
 @pytest.mark.parametrize("attention", COSTS)
 def test_most_computed_tokens_of_real_pairs_are_real(
     real_pairs: list[TokenizedPair], attention: str, record_property: Callable[[str, object], None]

@@ -12,11 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from drift_jax import compiled
 from drift_jax.config import build_config
 from drift_jax.models.published import ARCHITECTURES
 from drift_jax.plan.collectives import find_collectives
 from drift_jax.plan.hlo import Program, read_program
 from drift_jax.plan.programs import build_programs
+from drift_jax.plan.slices import open_local
+from drift_jax.sharding import use_layout
 from tests.plan.step_checks import Sizes, find_faults
 from tests.plan.tiny_plan import (
     ARCHITECTURE,
@@ -27,7 +30,6 @@ from tests.plan.tiny_plan import (
     tiny_config,
 )
 
-REPO = Path(__file__).parents[2]
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
 
 
@@ -43,6 +45,33 @@ def test_step_sends_neither_rows_nor_logits_nor_whole_parameters(mesh: dict[str,
     collectives = find_collectives(program, programs.mesh_sizes, programs.count_region)
     weights = [c for c in collectives if c.kind == "all-gather" and c.axis == "fsdp" and len(c.regions) == 2]
     assert weights and all(c.executions == 2 * 3 for c in weights if c.regions[1].known == 3)
+
+
+@pytest.mark.mesh
+def test_a_program_of_other_sources_is_not_taken_from_the_cache() -> None:
+    """JAX's persistent cache does not mind where a program was written, and loops are counted by their files."""
+    config = tiny_config(mesh={"fsdp": 2}, train={"batch_size": 6, "accumulation_steps": 3})
+
+    def loops_of_step(ours: bool) -> int:
+        compiled._LAST.clear()  # else the program of before
+        programs = build_programs(config, ARCHITECTURE, open_local(2))
+        if ours:
+            done = programs.compile("train")
+        else:
+            state = programs.trainer.abstract_state
+            with use_layout(programs.layout):
+                done = programs.trainer.jitted_step.lower(state, programs._placed_batch()).compile()
+        regions = {region for visit in read_program(done.as_text() or "").walk() for region in visit.regions}
+        return sum(region.sources[:1] != () and region.sources[0].endswith("step.py") for region in regions)
+
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        assert loops_of_step(ours=False) == 0
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+    assert loops_of_step(ours=False) == 0, "the cache has what was compiled before: without one this test shows nothing"
+    assert loops_of_step(ours=True) > 0
 
 
 # --- negative twins ------------------------------------------------------------------------------------------
