@@ -39,6 +39,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
+# At once: a test that asks for another number, as the first that uses JAX, would have it for all that follow.
+jax.devices()
 
 # Tracing makes objects by the million that live as long as their program: looking through them every 700 allocations
 # was a tenth of the time.

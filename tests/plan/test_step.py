@@ -18,7 +18,6 @@ from drift_jax.models.published import ARCHITECTURES
 from drift_jax.plan.collectives import find_collectives
 from drift_jax.plan.hlo import Program, read_program
 from drift_jax.plan.programs import build_programs
-from drift_jax.plan.slices import open_local
 from drift_jax.sharding import use_layout
 from tests.plan.step_checks import Sizes, find_faults
 from tests.plan.tiny_plan import (
@@ -50,11 +49,11 @@ def test_step_sends_neither_rows_nor_logits_nor_whole_parameters(mesh: dict[str,
 @pytest.mark.mesh
 def test_a_program_of_other_sources_is_not_taken_from_the_cache() -> None:
     """JAX's persistent cache does not mind where a program was written, and loops are counted by their files."""
-    config = tiny_config(mesh={"fsdp": 2}, train={"batch_size": 6, "accumulation_steps": 3})
+    config = tiny_config(mesh={"fsdp": 8}, train={"batch_size": 24, "accumulation_steps": 3})
 
     def loops_of_step(ours: bool) -> int:
         compiled._LAST.clear()  # else the program of before
-        programs = build_programs(config, ARCHITECTURE, open_local(2))
+        programs = build_programs(config, ARCHITECTURE, eight_devices())
         if ours:
             done = programs.compile("train")
         else:
