@@ -220,17 +220,20 @@ class Trainer:
 def evaluate_scores(scores: PairScores, ref_logps: Float[np.ndarray, "N 2"], config: TrainConfig) -> dict[str, float]:
     """TRL's `eval_*` metrics of held-out pairs, each pair counting the same (rule 9 of losses.py)."""
     logps, ref = jnp.asarray(scores.logps, jnp.float32), jnp.asarray(ref_logps, jnp.float32)
-    metrics = host_metrics(_held_out_metrics(logps, ref, config))
-    nll = float(scores.nll.sum() / scores.tokens.sum())
-    metrics = {"loss": metrics.pop("dpo_loss") + config.rpo_alpha * nll, "nll_loss": nll} | metrics
-    return {f"eval_{name}": value for name, value in metrics.items()}
+    loss, metrics = jax.device_get(_held_out_metrics(logps, ref, config))
+    nll = scores.nll.sum() / scores.tokens.sum()
+    metrics = {"loss": loss + config.rpo_alpha * nll, "nll_loss": nll} | metrics
+    return {f"eval_{name}": float(value) for name, value in metrics.items()}
 
 
 @partial(jax.jit, static_argnums=2)
-def _held_out_metrics(logps: Float[Array, "N 2"], ref: Float[Array, "N 2"], config: TrainConfig) -> Metrics:
+def _held_out_metrics(
+    logps: Float[Array, "N 2"], ref: Float[Array, "N 2"], config: TrainConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss without its NLL term, and what does not depend on that."""
     shares = jnp.full(len(logps), 1.0 / len(logps))
     loss = dpo_losses(logps, ref, config.beta, config.label_smoothing).mean()
-    return {"dpo_loss": loss} | preference_metrics(logps, ref, shares, config.beta)
+    return loss, preference_metrics(logps, ref, shares, config.beta)
 
 
 def host_metrics(metrics: Metrics) -> dict[str, float]:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from drift_jax.data.packing import (
+    FEWEST_SAVED,
     UNSPLIT,
     BatchShape,
     Split,
@@ -102,7 +103,7 @@ class PairLoader:
     split: Split = UNSPLIT  # `batch_split` of the layout
     tokens_per_device: int | None = None  # of a micro-batch; None: by `token_budget`
     attention: str = "splash"  # the back end, for what long rows cost: a key of `packing.COSTS`
-    compile_tokens: int = 4096  # what `packing.tokens_per_compilation` says
+    compile_tokens: int = FEWEST_SAVED  # what `packing.tokens_per_compilation` says
 
     @property
     def steps_per_epoch(self) -> int:

@@ -20,7 +20,7 @@ _MOST_PLANNED = 256
 _MOST_SHAPES = 3
 # A further shape must save this share of all computed tokens, and as many of them as are computed in the time that its
 # compilation takes; a share of the second size, of no very few tokens, is not given up however short the stage.
-_WORTHWHILE, _MOST_WASTED, _FEWEST_SAVED = 0.01, 0.05, 4096
+_WORTHWHILE, _MOST_WASTED, FEWEST_SAVED = 0.01, 0.05, 4096
 # FLOPs in that time, of a CPU with all its devices and of one other device: 8 seconds at 130 GFLOP/s, and 25 to 100 at
 # 400 (an H100) to 100 (a TPU v5e) TFLOP/s.
 _CPU_COMPILATION, _COMPILATION = 1e12, 1e16
@@ -133,7 +133,7 @@ def plan_shapes(
     split: Split,
     budget: int,
     attention: str = "splash",
-    compile_tokens: int = _FEWEST_SAVED,
+    compile_tokens: int = FEWEST_SAVED,
 ) -> tuple[BatchShape, ...]:
     """The few shapes with which the updates of a stage cost the least.
 
@@ -157,7 +157,7 @@ def plan_shapes(
         totals = {shape: sum(map(min, best, costs[shape])) for shape in costs}
         shape = min(totals, key=lambda shape: (totals[shape], -shape.tokens))
         saved = sum(best) - totals[shape]
-        if saved < _least_saved(sum(best), compile_tokens / stride, _FEWEST_SAVED / stride):
+        if saved < _least_saved(sum(best), compile_tokens / stride, FEWEST_SAVED / stride):
             break
         chosen.append(shape)
         best = list(map(min, best, costs[shape]))
