@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
-from drift_jax.credentials import ServerArguments, ServerEnvironment, ServerUrl, VariableName, found
+from drift_jax.credentials import ServerArguments, ServerEnvironment, ServerUrl, VariableName
 from drift_jax.errors import ConfigError
+from drift_jax.key_problems import describe_keys
 from drift_jax.methods import DEFAULT, load_method, method_names
 from drift_jax.presets import apply_preset
 from drift_jax.yaml_files import on_one_line, parse_yaml, read_yaml
@@ -308,7 +307,7 @@ def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
         # JSON mode: strict types (no "2048" for 2048) while mappings still become dataclasses.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}:\n" + "\n".join(_describe(error))) from None
+        raise ConfigError(f"{source}:\n" + "\n".join(describe_keys(error, _SECTIONS, config_keys()))) from None
     check_config(config)
     return config
 
@@ -391,8 +390,6 @@ def config_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-_MAPPINGS = ("mesh.rules", "vllm.env")  # keys whose value has keys of its own
-
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -425,45 +422,3 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {key}: {section!r} is not a section of the config.")
     node[leaf] = value
-
-
-def _describe(error: ValidationError) -> list[str]:
-    """One line per wrong key."""
-    lines: dict[str, None] = {}  # an ordered set: a key of several types has one error for each of them
-    for problem in error.errors():
-        key = ".".join(map(str, problem["loc"][:2]))
-        in_union = len(problem["loc"]) > 2 and isinstance(problem["loc"][2], str) and key not in _MAPPINGS
-        union = key in config_keys() and in_union
-        lines[_union_line(key, problem["input"]) if union else _line(problem)] = None
-    return list(lines)
-
-
-def _union_line(key: str, value: Any) -> str:
-    section, leaf = key.split(".")
-    parts = typing.get_args(typing.get_type_hints(_SECTIONS[section], include_extras=True)[leaf])
-    return f"  {key}: must be {' or '.join(map(_in_words, parts))}, found {value!r}."
-
-
-def _in_words(annotation: Any) -> str:
-    if annotation is type(None):
-        return "null"
-    if typing.get_origin(annotation) is Literal:
-        return " or ".join(map(repr, typing.get_args(annotation)))
-    return typing.get_args(annotation)[1].description
-
-
-def _line(error: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "unexpected_keyword_argument" or error["type"] == "extra_forbidden":
-        close = _closest(key)
-        return f"  {key}: unknown key." + (f" Did you mean {close}?" if close else "")
-    if error["type"] in ("missing", "missing_argument"):
-        return f"  {key}: this key is required."
-    return f"  {key}: {error['msg'].removeprefix('Value error, ')}{found(error['loc'], error['input'])}."
-
-
-def _closest(key: str) -> str | None:
-    import difflib
-
-    matches = difflib.get_close_matches(key, [*config_keys(), *_SECTIONS], n=1, cutoff=0.6)
-    return matches[0] if matches else None

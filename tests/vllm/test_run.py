@@ -156,6 +156,19 @@ def test_killed_servers_and_runs_lose_nothing(config: Path, start: Callable[...,
     assert (folder / "hf" / "model.safetensors").exists()
 
 
+@pytest.fixture
+def begun(config: Path, start: Callable[..., Run]) -> None:
+    """There is a run to take over, also where this is the only test that was picked."""
+    manifest = config.parent / "run" / "manifest.json"
+    if manifest.exists():
+        return
+    run = start("begun")
+    run.wait_for(manifest.exists, 120)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(60) == STOPPED
+
+
+@pytest.mark.usefixtures("begun")
 def test_what_is_wrong_is_said_once(config: Path, start: Callable[..., Run]) -> None:
     for words, message in (
         (("--set", "sampling.temperature=0.5"), "sampling.temperature: was 0.7, is now 0.5"),
