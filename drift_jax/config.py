@@ -111,6 +111,7 @@ class SamplingConfig:
     max_new_tokens: PositiveInt = 512
     max_input_length: PositiveInt = 2048  # tokens; a longer sampling prompt keeps its END
     batch_size: PositiveInt | None = 16  # rows decoded together; null: what memory has room for, at most 256
+    tensor_parallel: PositiveInt | None = None  # devices that share a layer; null: as many as kv heads and MLP allow
     per_host: bool | None = None  # each host samples its share with a whole policy; null: where one fits a host
     compute_dtype: DType = "bfloat16"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
@@ -192,7 +193,7 @@ class TrainConfig:
     gradient_dtype: DType = "float32"  # in which gradients are summed and kept; bfloat16: half of their memory
     moment_dtype: DType = "float32"  # of the optimizer's moments; bfloat16: rounded stochastically
     eval_every: PositiveInt | Literal["epoch"] | None = None  # updates between evaluations; null: after the last only
-    seed: int = 42  # order of the pairs, and of stochastic rounding
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42  # order of the pairs, and of stochastic rounding
 
 
 @dataclass(frozen=True)

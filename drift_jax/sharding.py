@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import jax
@@ -202,7 +202,6 @@ def _merge_rules(table: Rules, changes: Mapping[str, Sequence[str]]) -> Rules:
     if "embed_of_batch" not in changes:
         rules["embed_of_batch"] = _embed_of_batch(rules)
     check_activations(rules)
-    for_rows_of_their_own(rules)  # the sampler's are checked as well, before anything is trained
     return rules
 
 
@@ -275,22 +274,6 @@ def put(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(array, sharding)
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-
-def for_sampling(layout: Layout) -> Layout:
-    """The same mesh with rows of their own on every device that would share the tokens of a row.
-
-    A decoded token is one place of its row: there is no length to split. Weights stay where they are.
-    """
-    return replace(layout, rules=for_rows_of_their_own(layout.rules))
-
-
-def for_rows_of_their_own(rules: Rules) -> Rules:
-    """The rules with what splits the tokens of a row splitting rows. Raises `ConfigError` where that collides."""
-    rules = {**rules, "length": (), "batch": (*rules["batch"], *rules["length"])}
-    rules["embed_of_batch"] = _embed_of_batch(rules)
-    check_activations(rules)
-    return rules
 
 
 # --- in force ----------------------------------------------------------------------------------------------
@@ -374,12 +357,12 @@ def check_batch(layout: Layout, batch_size: int, accumulation_steps: int) -> Non
 
 
 def check_sampling_batch(layout: Layout, batch_size: int | None) -> None:
-    """Raises `ConfigError` when the rows that are decoded together cannot be split evenly; layout of `for_sampling`."""
+    """Raises `ConfigError` when the rows that are decoded together cannot be split evenly."""
     ways = layout.ways("batch")
     if batch_size is not None and batch_size % ways:
         raise ConfigError(
             f"sampling.batch_size ({batch_size}) cannot be split over {ways} devices "
-            f"(mesh {layout.sizes}: {_axes_of(layout, 'batch')}). Make it a multiple of {ways}, or change the mesh."
+            f"(mesh of the sampler {layout.sizes}: {_axes_of(layout, 'batch')}). Make it a multiple of {ways}, or null."
         )
 
 

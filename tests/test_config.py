@@ -42,7 +42,7 @@ recipe.method recipe.ranker recipe.iterations recipe.reference recipe.seed_epoch
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
 sampling.chooser sampling.longest_within sampling.on_cut sampling.max_similarity sampling.max_repetition
 sampling.other_speakers sampling.same_language
-sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.per_host
+sampling.max_new_tokens sampling.max_input_length sampling.batch_size sampling.tensor_parallel sampling.per_host
 sampling.compute_dtype sampling.seed
 judge.base_url judge.model judge.api_key_env judge.temperature judge.max_tokens judge.timeout_s judge.concurrency
 judge.price_prompt judge.price_completion

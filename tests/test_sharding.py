@@ -31,7 +31,6 @@ from drift_jax.sharding import (
     Layout,
     build_layout,
     build_sharding,
-    for_sampling,
     to_spec,
     use_layout,
 )
@@ -155,17 +154,6 @@ def test_what_cannot_be_split_evenly_names_both_numbers() -> None:
     assert "whose product over 'tensor' divides 28, 4 for example, or change mesh.rules.heads" in message
     for dim in ("kv_heads", "vocab"):
         assert build_sharding(layout, ("embed", dim), (64, 28)).spec == PartitionSpec(None, None)
-
-
-def test_sampling_has_rows_where_training_splits_tokens() -> None:
-    layout = layout_of(data=2, sequence=2, fsdp=2)
-    sampling = for_sampling(layout)
-    assert sampling.mesh is layout.mesh and sampling.strategy == layout.strategy
-    assert sampling.rules["batch"] == ("data", "fsdp", "sequence") and sampling.ways("length") == 1
-    for name, dims in ACTIVATIONS.items():
-        to_spec(dims, sampling.rules, name)
-    of_weights = ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers")
-    assert all(sampling.rules[dim] == layout.rules[dim] for dim in of_weights)
 
 
 # --- the step ---------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from drift_jax.config import RunConfig
 from drift_jax.errors import ConfigError
 from drift_jax.mesh.rows import ArrayRow, padded_vocab
 from drift_jax.models.architecture import QwenConfig
-from drift_jax.sharding import ACTIVATIONS, Layout, check_batch, check_sampling_batch, for_sampling
+from drift_jax.sharding import ACTIVATIONS, Layout, check_batch, check_sampling_batch
+from drift_jax.stages.devices import split_for_sampling
 
 
 def find_notes(qwen: QwenConfig, layout: Layout, arrays: Sequence[ArrayRow]) -> Iterator[str]:
@@ -52,12 +53,13 @@ def _idle_axes(layout: Layout) -> Iterator[str]:
             )
 
 
-def find_problems(config: RunConfig, layout: Layout, planned: bool) -> Iterator[str]:
+def find_problems(config: RunConfig, qwen: QwenConfig, layout: Layout, planned: bool) -> Iterator[str]:
     """What `drift run` would refuse. Where it samples depends on hosts, which planned devices do not have."""
     train, sampling = config.train, config.sampling
     checks = [lambda: check_batch(layout, train.batch_size, train.accumulation_steps)]
     if not planned and jax.process_count() == 1:
-        checks.append(lambda: check_sampling_batch(for_sampling(layout), sampling.batch_size))
+        devices = layout.mesh.devices.flatten().tolist()
+        checks.append(lambda: check_sampling_batch(split_for_sampling(config, qwen, devices, ()), sampling.batch_size))
     for check in checks:
         try:
             check()

@@ -122,7 +122,7 @@ def build_report(
         batch=batch_row(config, layout),
         activations=activations,
         notes=tuple(find_notes(qwen, layout, (*parameters, *activations))),
-        problems=tuple(find_problems(config, layout, planned)),
+        problems=tuple(find_problems(config, qwen, layout, planned)),
         drawings=tuple(_drawings(layout, parameters, state.params, draw)),
     )
 

@@ -41,10 +41,9 @@ from drift_jax.sharding import (
     build_layout,
     check_batch,
     check_sampling_batch,
-    for_sampling,
     use_layout,
 )
-from drift_jax.stages.devices import fits_one_host, layout_of_host, rows_that_fit
+from drift_jax.stages.devices import fits_one_host, rows_that_fit, split_for_sampling
 from drift_jax.stages.dpo import build_loader, build_trainer
 from drift_jax.train import Trainer
 
@@ -191,13 +190,10 @@ def sampling_layout_of(config: RunConfig, model: QwenConfig, where: Slice) -> La
     Raises:
       ConfigError: `sampling.batch_size` cannot be split over the devices.
     """
-    whole, limit = build_layout(config.mesh, where.devices), where.chip.limit_gib
-    limits = [None if limit is None else limit * 2**30] * len(where.host)
+    limit = None if where.chip.limit_gib is None else where.chip.limit_gib * 2**30
     per_host = bool(where.host) and config.sampling.per_host is not False
-    if per_host and (config.sampling.per_host or fits_one_host(config, model, limits)):
-        layout = layout_of_host(whole, config, where.host)
-    else:
-        layout = for_sampling(whole)
+    on_host = per_host and (config.sampling.per_host or fits_one_host(config, model, [limit] * len(where.host)))
+    layout = split_for_sampling(config, model, where.host if on_host else where.devices, [limit])
     check_sampling_batch(layout, config.sampling.batch_size)
     return layout
 

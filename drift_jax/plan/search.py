@@ -6,7 +6,6 @@ time on paper, and few are compiled. What the compiler then says decides; the ro
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -98,14 +97,15 @@ def search(
     """Compiles train steps until `max_compiles`, then the other two programs of the fastest that fits.
 
     Raises:
-      ConfigError: no mesh divides the devices, the model and the batch.
+      ConfigError: no mesh divides the devices, the model and the batch, or `sampling.batch_size` cannot be split.
     """
-    candidates = list_candidates(config, qwen_config_from_hf(architecture, config.model.path), where)
+    model = qwen_config_from_hf(architecture, config.model.path)
+    sampling_layout_of(config, model, where)
+    candidates = list_candidates(config, model, where)
     if not candidates:
         raise ConfigError(
-            f"no mesh over {len(where.devices)} devices divides the model's dims, train.batch_size "
-            f"({config.train.batch_size}) and sampling.batch_size ({config.sampling.batch_size}). Raise these to a "
-            "multiple of the devices, or take a smaller slice."
+            f"no mesh over {len(where.devices)} devices divides the model's dims and train.batch_size "
+            f"({config.train.batch_size}). Raise it to a multiple of the devices, or take a smaller slice."
         )
     tried: list[tuple[Candidate, Row]] = []
     for _ in range(max_compiles):
@@ -220,10 +220,7 @@ def _meshes(config: RunConfig, model: QwenConfig, where: Slice) -> Iterator[Mesh
             mesh = Mesh(data, fsdp, tensor, sequence)
             if devices % (data * tensor * sequence) or model.embed % (fsdp * sequence):
                 continue
-            chosen = dataclasses.replace(config, mesh=mesh.apply(config.mesh))
-            with contextlib.suppress(ConfigError):  # of sampling.batch_size
-                sampling_layout_of(chosen, model, where)
-                yield mesh
+            yield mesh
 
 
 def _powers_of_two(most: int) -> list[int]:

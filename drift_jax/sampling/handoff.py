@@ -31,7 +31,7 @@ from drift_jax.files import write_json
 from drift_jax.models.logps import token_logps
 from drift_jax.models.policy import bind, load_policy
 from drift_jax.records import Message
-from drift_jax.sharding import build_layout, build_sharding, for_sampling, put, replicated, use_layout
+from drift_jax.sharding import build_layout, build_sharding, put, replicated, use_layout
 
 # Prose, code, other scripts, numbers: a wrong row of an embedding or a wrong rotation shows somewhere.
 _PROBES = (
@@ -61,7 +61,7 @@ def probe_ids(tokenizer: ChatTokenizer, longest: int) -> list[tuple[int, ...]]:
 
 def model_logps(model_dir: Path, dtype: str, texts: Sequence[Sequence[int]]) -> list[list[float]]:
     """log p(token | what is before it) of all tokens but the first of each text, in nats, on this process's devices."""
-    layout = for_sampling(build_layout(MeshConfig(), jax.local_devices()))
+    layout = build_layout(MeshConfig(), jax.local_devices())
     policy = load_policy(model_dir, layout, dtype, dtype)
     ways = layout.ways("batch")
     rows, width = -(-len(texts) // ways) * ways, max(map(len, texts))

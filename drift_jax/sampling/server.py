@@ -31,6 +31,7 @@ SERVED_NAME = "policy"
 _HOST = "127.0.0.1"
 _SMALLEST_HEAD = 32  # below, vLLM starts, says that it is healthy, and dies at the first request
 _LEAST_BATCHED_TOKENS = 4096
+_VOCAB_PADDING = 64  # vLLM's
 _POLL_S = 0.5
 _STOP_S = 60.0
 _LAST_LINES = 15
@@ -70,12 +71,39 @@ def _tpu_chips() -> int:
     return len(list(Path("/dev").glob("accel[0-9]*"))) or len(list(Path("/dev/vfio").glob("[0-9]*")))
 
 
+def count_accelerators(device: Device) -> int:
+    """Of this host; a CPU is one."""
+    return {"cuda": _cuda_devices, "tpu": _tpu_chips, "cpu": lambda: 1}[device]()
+
+
 def choose_tensor_parallel(config: VllmConfig, model: QwenConfig, device: Device) -> int:
-    """As many of the host's accelerators as the heads can be divided over."""
+    """As many of the host's accelerators as vLLM can divide the model over.
+
+    It divides heads, the MLP and the padded vocabulary, and kv heads too unless each of them is on several, evenly.
+    """
     if config.tensor_parallel is not None:
         return config.tensor_parallel
-    count = {"cuda": _cuda_devices, "tpu": _tpu_chips, "cpu": lambda: 1}[device]()
-    return next((ways for ways in range(count, 1, -1) if model.heads % ways == 0), 1)
+
+    vocab = -(-model.vocab_size // _VOCAB_PADDING) * _VOCAB_PADDING
+
+    def divides(ways: int) -> bool:
+        whole_heads = model.kv_heads % ways == 0 or ways % model.kv_heads == 0
+        return whole_heads and not any(size % ways for size in (model.heads, model.mlp, vocab))
+
+    return next((ways for ways in range(count_accelerators(device), 1, -1) if divides(ways)), 1)
+
+
+def describe_idle(config: VllmConfig, model: QwenConfig) -> str:
+    """A line about accelerators that a server of ours leaves idle; empty where it uses all, or was told how many."""
+    device = find_device(config)
+    there, used = count_accelerators(device), choose_tensor_parallel(config, model, device)
+    if config.tensor_parallel is not None or any("data-parallel" in word for word in config.args) or used == there:
+        return ""
+    more = f" vllm.args: [--data-parallel-size, '{there // used}'] runs as many copies." if there // used > 1 else ""
+    return (
+        f"vLLM uses {used} of {there} accelerators: the model's {model.heads} heads, {model.kv_heads} kv heads and MLP "
+        f"of {model.mlp} cannot be divided over more.{more}"
+    )
 
 
 def needed_length(config: RunConfig) -> int:
@@ -189,6 +217,8 @@ class VllmServer:
         self.stop()
         vllm = self._config.vllm
         check_servable(self._model, self._model_dir)
+        if idle := describe_idle(vllm, self._model):
+            console.print(idle, markup=False)
         self._key = secrets.token_urlsafe(32)
         env = build_environment(vllm, self._key)
         check_installed(vllm, env)

@@ -1,22 +1,23 @@
-"""Which devices a stage samples on, where a run has several hosts."""
+"""Which devices a stage samples on, and how they share the policy and the rows."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import psutil
 
-from drift_jax.config import RunConfig
+from drift_jax.config import MeshConfig, RunConfig
 from drift_jax.distributed import gather
+from drift_jax.errors import ConfigError
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.decoding import cache_bytes
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.sampling.slots import round_length
-from drift_jax.sharding import Layout, build_layout, check_sampling_batch, for_sampling
+from drift_jax.sharding import Layout, build_layout, check_sampling_batch
 
 # Of a device's memory the weights may take so much; the rest is for keys, values and logits.
 _MOST_WEIGHTS = 0.6
@@ -32,33 +33,77 @@ def sampling_layout(config: RunConfig, model_dir: Path) -> tuple[Layout, bool]:
     sampled from by all devices together, every host with the same rows.
 
     Raises:
-      ConfigError: `sampling.batch_size` cannot be split over the devices.
+      ConfigError: `sampling.batch_size` cannot be split over the devices, or the policy over `tensor_parallel` of them.
     """
-    whole = build_layout(config.mesh)
+    model, limits = load_qwen_config(model_dir), device_limits()
     per_host = jax.process_count() > 1 and config.sampling.per_host is not False
     if per_host and config.sampling.per_host is None:
-        per_host = all(gather(_fits_here(config, model_dir)))
+        per_host = all(gather(fits_one_host(config, model, limits)))
     if per_host:
-        layout = layout_of_host(whole, config, jax.local_devices())
+        layout = split_for_sampling(config, model, jax.local_devices(), limits)
     else:
-        layout = for_sampling(whole)
+        layout = layout_of_all(config, model)
     check_sampling_batch(layout, config.sampling.batch_size)
     return layout, per_host
 
 
-def layout_of_host(whole: Layout, config: RunConfig, local: Sequence[jax.Device]) -> Layout:
-    """How a host that samples a share of its own splits policy and rows over its devices, out of those of `whole`."""
-    tensor = whole.sizes["tensor"]
-    tensor = tensor if len(local) % tensor == 0 else 1
-    mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor, sequence=1, strategy="auto")
-    return for_sampling(build_layout(mesh, local))
+def layout_of_all(config: RunConfig, model: QwenConfig) -> Layout:
+    """How all devices of all hosts sample together. Raises `ConfigError` as `split_for_sampling`."""
+    limits = [limit for of_host in gather(device_limits()) for limit in of_host]
+    return split_for_sampling(config, model, jax.devices(), limits)
+
+
+def split_for_sampling(
+    config: RunConfig, model: QwenConfig, devices: Sequence[jax.Device], limits: Sequence[float | None]
+) -> Layout:
+    """How a sampler splits policy and rows over its devices, whatever the mesh that trains.
+
+    Every new token needs all weights. Devices that share heads and MLP read their part of them and send each other
+    activations of a few rows; devices that share weights by `fsdp` would send each other all the weights. So `tensor`
+    is as many as kv heads and MLP can be divided over, among devices that a fast network links; what is left has rows
+    of its own, and gathers weights only as far as it has no room for them.
+
+    Args:
+      limits: bytes of each device; None where it does not say, and is taken to have room.
+
+    Raises:
+      ConfigError: `sampling.tensor_parallel` does not divide the devices, the heads or the MLP.
+    """
+    tensor = config.sampling.tensor_parallel
+    if tensor is None:
+        tensor = max(n for n in _divisors(linked(devices)) if _divides(n, model.kv_heads, model.mlp))
+    elif not _divides(tensor, len(devices), model.heads, model.mlp):
+        fitting = max(n for n in _divisors(len(devices)) if n <= tensor and _divides(n, model.heads, model.mlp))
+        raise ConfigError(
+            f"sampling.tensor_parallel ({tensor}) must divide the {len(devices)} devices that sample, the model's "
+            f"{model.heads} heads and its MLP of {model.mlp}. {fitting} would do; null chooses."
+        )
+    rest, weights = len(devices) // tensor, _weight_bytes(config, model) / tensor
+    room = min((limit for limit in limits if limit is not None), default=float("inf"))
+    fsdp = next((n for n in _divisors(rest) if weights / n < _MOST_WEIGHTS * room), rest)
+    return build_layout(MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor), devices)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _divides(ways: int, *sizes: int) -> bool:
+    return all(size % ways == 0 for size in sizes)
+
+
+def linked(devices: Sequence[Any]) -> int:
+    """How many devices a fast network links: those of a slice of TPUs, of one host otherwise."""
+    place = "slice_index" if devices[0].platform == "tpu" else "process_index"
+    places = [getattr(device, place, 0) for device in devices]
+    return places.count(places[0])
 
 
 def rows_that_fit(config: RunConfig, layout: Layout, model: QwenConfig, free: float) -> int:
     """How many rows are decoded together when `sampling.batch_size` is null.
 
     Args:
-      layout: of `for_sampling`.
+      layout: of `split_for_sampling`.
       free: bytes that each device has left beside the weights.
     """
     ways, kv_ways = layout.ways("batch"), layout.ways("kv_heads")
@@ -79,15 +124,19 @@ def free_memory() -> float:
     return min(of_device["bytes_limit"] - of_device["bytes_in_use"] for of_device in stats if of_device)
 
 
+def device_limits() -> list[float | None]:
+    """Bytes of each local device; None where it does not say."""
+    return [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+
+
 def fits_one_host(config: RunConfig, model: QwenConfig, limits: Sequence[float | None]) -> bool:
     """Whether the policy fits on a host's devices of so many bytes each.
 
     Where a device does not say how much memory it has, it is the host's, and a policy is taken to fit.
     """
-    weights = model.num_parameters * np.dtype(config.sampling.compute_dtype).itemsize
+    weights = _weight_bytes(config, model)
     return all(limit is None or weights / len(limits) < _MOST_WEIGHTS * limit for limit in limits)
 
 
-def _fits_here(config: RunConfig, model_dir: Path) -> bool:
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    return fits_one_host(config, load_qwen_config(model_dir), limits)
+def _weight_bytes(config: RunConfig, model: QwenConfig) -> int:
+    return model.num_parameters * np.dtype(config.sampling.compute_dtype).itemsize

@@ -9,10 +9,11 @@ from rich.console import Console
 from drift_jax.config import RunConfig
 from drift_jax.distributed import on_main
 from drift_jax.files import write_json
+from drift_jax.models.hf import load_qwen_config
 from drift_jax.records import Message
 from drift_jax.sampling.base import SampleRequest, SamplingParams
 from drift_jax.sampling.local import LocalSampler, split_policy
-from drift_jax.sharding import build_layout, for_sampling
+from drift_jax.stages.devices import layout_of_all
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 
 _MAX_NEW_TOKENS = 96
@@ -30,7 +31,9 @@ def showcase_stage(config: RunConfig, before: Path, after: Path, out_path: Path,
 def _answer(config: RunConfig, model_dir: Path, prompts: tuple[str, ...], console: Console) -> list[str]:
     tokenizer = open_tokenizer(model_dir)
     dtype = config.sampling.compute_dtype
-    policy = split_policy(open_policy(model_dir, for_sampling(build_layout(config.mesh)), dtype, dtype, console))
+    policy = split_policy(
+        open_policy(model_dir, layout_of_all(config, load_qwen_config(model_dir)), dtype, dtype, console)
+    )
     params = SamplingParams(
         temperature=0.0,
         top_p=1.0,

@@ -33,7 +33,7 @@ from drift_jax.journal import read_rows
 from drift_jax.models.policy import Policy, bind
 from drift_jax.progress import stage_progress
 from drift_jax.records import Message
-from drift_jax.sharding import build_layout, for_sampling, use_layout
+from drift_jax.sharding import build_layout, use_layout
 from drift_jax.stages.answer import answer_stage
 from drift_jax.stages.inputs import open_policy, open_tokenizer
 
@@ -114,7 +114,7 @@ def _kl(
     drawn = {row["id"]: row["token_ids"] for row in read_rows(out / "completions.jsonl")}
     asked = [tokenizer.encode_chat([Message("user", row["prompt"])]) for row in prompts]
     replies = [drawn[f"{row['id']}#0"] for row in prompts]
-    dtype, layout = config.sampling.compute_dtype, for_sampling(build_layout(config.mesh))
+    dtype, layout = config.sampling.compute_dtype, build_layout(config.mesh)
     policy, base = (open_policy(path, layout, dtype, dtype, console) for path in (model_dir, base_dir))
     order = sorted(range(len(prompts)), key=lambda i: len(asked[i]) + len(replies[i]))
     found = np.zeros(len(prompts))

@@ -95,7 +95,11 @@ def test_what_is_over_the_budget_does_not_fit() -> None:
         ({"mesh": {"fsdp": 1, "tensor": 8}}, "'heads' of size 4 cannot be split 8 ways"),
         ({"mesh": {"fsdp": 3, "tensor": 1}}, "needs 3 devices, 8 are here"),
         ({"train": {"batch_size": 16, "accumulation_steps": 4}}, "4 pairs cannot be split over 8 devices"),
-        ({"sampling": {"batch_size": 12}}, r"sampling.batch_size \(12\) cannot be split over 8 devices"),
+        ({"sampling": {"batch_size": 10}}, r"sampling.batch_size \(10\) cannot be split over 4 devices"),
+        (
+            {"sampling": {"tensor_parallel": 8}},
+            r"tensor_parallel \(8\) must divide .*8 devices .* 4 heads .*\. 4 would",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_a_row(sections: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +246,10 @@ def test_search_without_anything_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_search_of_a_batch_that_no_mesh_splits() -> None:
-    with pytest.raises(ConfigError, match="no mesh over 8 devices"):
+    odd = {**ARCHITECTURE, "hidden_size": 75, "head_dim": 18}
+    with pytest.raises(ConfigError, match=r"no mesh over 8 devices divides .* train.batch_size \(1\)"):
+        search.search(tiny_config(train={"batch_size": 1}), odd, eight_devices(), 2)
+    with pytest.raises(ConfigError, match=r"sampling.batch_size \(1\) cannot be split over 4 devices"):
         search.search(tiny_config(sampling={"batch_size": 1}), ARCHITECTURE, eight_devices(), 2)
 
 

@@ -9,7 +9,7 @@ import pytest
 from drift_jax.config import MeshConfig, RunConfig, build_config
 from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.published import ARCHITECTURES
-from drift_jax.sharding import build_layout, for_sampling
+from drift_jax.sharding import build_layout
 from drift_jax.stages.devices import free_memory, rows_that_fit
 
 MODEL = qwen_config_from_hf(ARCHITECTURES["qwen2.5-7b"], "qwen2.5-7b")  # 28 layers, 4 kv heads of 128
@@ -33,12 +33,12 @@ def config_of(**sampling: object) -> RunConfig:
 )
 def test_rows_that_fit(mesh: MeshConfig, free: float, expected: int) -> None:
     devices = mesh.fsdp * mesh.tensor
-    layout = for_sampling(build_layout(mesh, jax.devices()[:devices]))
+    layout = build_layout(mesh, jax.devices()[:devices])
     assert rows_that_fit(config_of(), layout, MODEL, free) == expected
 
 
 def test_longer_rows_are_fewer() -> None:
-    layout = for_sampling(build_layout(MeshConfig(), jax.devices()[:1]))
+    layout = build_layout(MeshConfig(), jax.devices()[:1])
     rows = [rows_that_fit(config_of(max_new_tokens=new), layout, MODEL, 20 * ROW) for new in (512, 4096)]
     assert rows == [9, 4]
     assert rows_that_fit(config_of(compute_dtype="float32"), layout, MODEL, 20 * ROW) == 4

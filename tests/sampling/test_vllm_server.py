@@ -20,7 +20,9 @@ from rich.console import Console
 from drift_jax.config import RunConfig, build_config
 from drift_jax.endpoint import Endpoint, Retry
 from drift_jax.errors import ConfigError, DriftError, EndpointError, ModelError, StageError
+from drift_jax.models.architecture import qwen_config_from_hf
 from drift_jax.models.hf import load_qwen_config
+from drift_jax.models.published import ARCHITECTURES
 from drift_jax.sampling import supervise
 from drift_jax.sampling.handoff import check_handoff, compare_logps, server_logps
 from drift_jax.sampling.running import find_model, full_url, reload_weights
@@ -32,6 +34,7 @@ from drift_jax.sampling.server import (
     check_servable,
     choose_port,
     choose_tensor_parallel,
+    describe_idle,
 )
 from drift_jax.stages.engines import check_own_devices
 from tests.http_servers import serve
@@ -77,6 +80,31 @@ def test_the_model_is_split_over_as_many_gpus_as_its_heads_allow(
     for visible, ways in (("0,1,2,3", 4), ("0,1,2", 2), ("1", 1), ("", 1), ("-1", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert choose_tensor_parallel(make().vllm, model, "cuda") == ways
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "ways", "copies"),
+    [
+        ("qwen2.5-7b", 8, 4, 2),  # 28 heads, 4 kv heads, MLP of 18944: seven would divide the heads alone
+        ("qwen2.5-1.5b", 8, 4, 2),  # 12 heads, 2 kv heads, each on two
+        ("qwen2.5-0.5b", 8, 2, 4),  # 14 heads, 2 kv heads
+        ("qwen2.5-14b", 8, 8, 1),
+        ("qwen2.5-3b", 3, 2, 1),
+        ("qwen3-8b", 6, 4, 1),  # a vocabulary of 2374 times 64
+    ],
+)
+def test_a_published_model_is_split_as_vllm_can(
+    name: str, gpus: int, ways: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    model = qwen_config_from_hf(ARCHITECTURES[name], name)
+    auto = make(device="cuda")
+    assert choose_tensor_parallel(auto.vllm, model, "cuda") == ways
+    line = describe_idle(auto.vllm, model)
+    assert (f"vLLM uses {ways} of {gpus} accelerators" in line) == (ways < gpus)
+    assert (f"[--data-parallel-size, '{copies}']" in line) == (copies > 1)
+    for said in ({"tensor_parallel": ways}, {"args": [f"--data-parallel-size={copies}"]}):
+        assert not describe_idle(make(device="cuda", **said).vllm, model)
 
 
 def test_the_key_is_in_the_environment_and_ours_stays_out() -> None:
