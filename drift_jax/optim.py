@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Float32, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
 
 from drift_jax.changes import changed_at_peak
 from drift_jax.config import TrainConfig
@@ -138,7 +138,8 @@ def apply_gradients(
 ) -> Update:
     """One update of the weights by unclipped gradients.
 
-    With `train.on_nonfinite: skip` gradients that are not finite change neither weights nor moments.
+    With `train.on_nonfinite: skip` gradients that are not finite change neither weights nor moments; the schedule goes
+    on.
 
     Args:
       learning_rate: that of this update, for `params_changed`; the optimizer knows its own.
@@ -160,9 +161,23 @@ def apply_gradients(
     moved, moments = updates(after)
     weights = optax.apply_updates(params, moved)
     if config.on_nonfinite == "skip":
-        keep = partial(jnp.where, jnp.isfinite(norm))
-        weights, moments = jax.tree.map(keep, (weights, moments), (params, opt_state))
+        finite = jnp.isfinite(norm)
+        weights = jax.tree.map(partial(jnp.where, finite), weights, params)
+        moments = _keep_moments(finite, moments, opt_state)
     return Update(weights, moments, norm, changed)
+
+
+def _keep_moments(finite: Bool[Array, ""], new: optax.OptState, old: optax.OptState) -> optax.OptState:
+    """The old state unless `finite`, but for the schedule: an update that is left out is one of the stage's."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if _is_schedule(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=_is_schedule)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def first_moving_update(config: TrainConfig) -> int:

@@ -102,6 +102,8 @@ def test_without_such_an_update_both_ways_end_in_the_same_weights(
     # The very first update as well, where policy and reference would be compared.
     weights("first", 1, 2, policy="skip")
     assert Manifest(tmp_path / "first").summary("train")["skipped_updates"] == 2
+    # The second update has a rate above 0, whatever became of the first.
+    weights("second_moves", 1, policy="skip")
 
 
 def row(norm: float) -> dict[str, float]:

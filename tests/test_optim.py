@@ -19,6 +19,7 @@ import transformers
 from drift_jax.config import TrainConfig
 from drift_jax.errors import ConfigError, DataError
 from drift_jax.optim import (
+    apply_gradients,
     build_optimizer,
     build_schedule,
     clip_by_global_norm,
@@ -390,3 +391,21 @@ def test_description_names_what_is_resolved() -> None:
     text = describe_optimizer(config(optimizer="adamw", weight_decay=0.1, schedule="constant", warmup_ratio=0.0), 9)
     for part in ("adamw", "0.9 and 0.999", "weight decay 0.1", "no warm-up", "then constant"):
         assert part in text
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_the_schedule_goes_on_where_an_update_is_left_out(moments: str) -> None:
+    """Of a constant gradient RMSprop makes steps of rate / sqrt(1 - decay**n) after n gradients that counted."""
+    cfg = config(on_nonfinite="skip", moment_dtype=moments, learning_rate=1e-2, warmup_steps=2, max_grad_norm=1e9)
+    optimizer, schedule = build_optimizer(cfg, 10), build_schedule(cfg, 10)
+    params = {"w": jnp.zeros(())}
+    state, counted = optimizer.init(params), 0
+    for k in range(10):
+        bad = k in (0, 3, 4)
+        grads, rate = {"w": jnp.float32(math.nan if bad else 3.0)}, schedule(k)
+        done = apply_gradients(cfg, optimizer, params, state, grads, rate, jnp.int32(k))
+        moved, params, state = float(done.params["w"] - params["w"]), done.params, done.opt_state
+        counted += not bad
+        expected = 0.0 if bad else -float(rate) / math.sqrt(1 - cfg.rmsprop_decay**counted)
+        # Three digits of a bfloat16 moment, rounded at random and added up; the rates of two updates differ by 10 %.
+        assert moved == pytest.approx(expected, rel=1e-4 if moments == "float32" else 0.03)
