@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -78,9 +78,12 @@ def put_batch(batch: PairBatch, layout: Layout) -> PairBatch:
     return jax.tree.map(put, batch, batch_shardings(batch, layout))
 
 
+@lru_cache(maxsize=2)  # each update asks for it: to shuffle all pairs anew would be quadratic in their number
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
-    """The permutation of an epoch, the same on every machine."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
+    """The permutation of an epoch, the same on every machine; not to be written to."""
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True)

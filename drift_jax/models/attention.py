@@ -123,6 +123,8 @@ def resolve_attention(name: str, platform: str) -> AttentionBackend:
       ConfigError: no such back end, or it does not run there.
     """
     fitting = _AUTO.get(platform, "xla")
+    if fitting == "triton" and not triton.runs_here():
+        fitting = "xla"
     backend = BACKENDS.get(fitting if name == "auto" else name)
     if backend is None:
         raise ConfigError(f"attention {name!r} is not known; choose one of {['auto', *BACKENDS]}.")

@@ -1,4 +1,4 @@
-"""Products of activations with weights, whose gradients come out in the layout of the weights.
+"""Products of activations with weights, and biases, whose gradients come out as the weights are kept.
 
 The gradient that JAX derives for the weights has its dims in another order and transposes it; the compiler for CPUs
 then transposes activations instead, which there takes as long as the product.
@@ -40,3 +40,20 @@ def _linear_backward(equation: str, kept: tuple[Array, Array], grad: Array) -> t
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "B T N H"], bias: Float[Array, "N H"]) -> Float[Array, "B T N H"]:
+    """x + bias in the dtype of x. The bias's gradient is a sum over tokens in float32; JAX's own is in that of x."""
+    return x + bias.astype(x.dtype)
+
+
+def _bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return add_bias(x, bias), bias
+
+
+def _bias_backward(bias: Array, grad: Array) -> tuple[Array, Array]:
+    return grad, jnp.sum(grad, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
+
+
+add_bias.defvjp(_bias_forward, _bias_backward)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from drift_jax.models.architecture import QwenConfig
 from drift_jax.models.attention import attend
-from drift_jax.models.linear import linear
+from drift_jax.models.linear import add_bias, linear
 from drift_jax.models.norms import rms_norm
 from drift_jax.models.stack import apply_layers, from_zero, look_up, track
 from drift_jax.sharding import Dims, Layout, build_sharding, constrain
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         y = linear("btd,dnh->btnh", x, getattr(self, name)[...].astype(x.dtype))
         bias = getattr(self, f"{name}_bias", None)
         if bias is not None:
-            y = y + bias[...].astype(x.dtype)
+            y = add_bias(y, bias[...])
         norm = getattr(self, f"{name}_norm", None)
         if norm is not None:
             y = rms_norm(y, norm[...], self.eps)

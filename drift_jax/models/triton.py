@@ -12,6 +12,7 @@ Scores, softmax and sums are float32; of the softmax only the log-sum-exp of eac
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -181,9 +182,14 @@ def choose_launches(query: Float[Array, "B T N H"]) -> Launches:
 
 
 def _shared_memory() -> int:
-    """Bytes that a program may have, of an A100 or a larger GPU; GPUs for desktops and inference have less."""
+    """Bytes that a program may have, of an A100, H100 or B200; GPUs for desktops and inference have less."""
     capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
-    return (99 if capability in ("8.6", "8.9", "12.0") else 163) * 1024
+    return (163 if capability in ("8.0", "8.7") or capability.startswith(("9.", "10.")) else 99) * 1024
+
+
+def runs_here() -> bool:
+    """Whether Pallas compiles for the GPU here, as it does from NVIDIA's Ampere on; True where there is none."""
+    return re.fullmatch(r"[1-7]\.\d", str(getattr(jax.devices()[0], "compute_capability", ""))) is None
 
 
 # --- which blocks ------------------------------------------------------------------------------------------

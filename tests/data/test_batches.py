@@ -131,6 +131,22 @@ def test_groups_are_neighbours_of_the_shuffled_batch() -> None:
     assert groups == [expected[:2], expected[2:4], expected[4:]]
 
 
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each of its updates: of 200,000 pairs the shapes alone took half a minute."""
+    shuffled, generator = [], np.random.Generator
+
+    def count(bits: np.random.BitGenerator) -> np.random.Generator:
+        shuffled.append(bits)
+        return generator(bits)
+
+    monkeypatch.setattr(np.random, "Generator", count)
+    loader = make_loader([make_pair(str(i), [1], [2], [3]) for i in range(37)], 4)
+    assert loader.shapes and len([loader.ids(step) for step in range(20)]) == 20
+    assert len(shuffled) == 2
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_order(37, 0, 0)[0] = 1
+
+
 # --- any pairs ----------------------------------------------------------------------------------------------
 
 

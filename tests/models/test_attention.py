@@ -222,7 +222,14 @@ def test_how_a_kernel_goes_through_a_row_changes_nothing(launches: triton.Launch
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "stages"),
-    [("9.0", jnp.bfloat16, 3), ("8.0", jnp.bfloat16, 3), ("8.9", jnp.bfloat16, 2), ("9.0", jnp.float32, 1)],
+    [
+        ("9.0", jnp.bfloat16, 3),
+        ("10.0", jnp.bfloat16, 3),
+        ("8.0", jnp.bfloat16, 3),
+        ("8.9", jnp.bfloat16, 2),
+        ("12.1", jnp.bfloat16, 2),  # a GB10, and whatever else is not known
+        ("9.0", jnp.float32, 1),
+    ],
 )
 def test_blocks_fit_into_shared_memory(capability: str, dtype: Any, stages: int) -> None:
     """And divide every row that is taken. An RTX 4090 (8.9) has 99 KiB for a program, an A100 (8.0) 163."""
@@ -394,6 +401,12 @@ def test_rows_and_heads_that_a_kernel_cannot_take() -> None:
 )
 def test_the_back_end_of_a_platform(name: str, platform: str, expected: str) -> None:
     assert resolve_attention(name, platform) is BACKENDS[expected]
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("7.5", "xla"), ("8.0", "triton"), ("10.0", "triton")])
+def test_a_gpu_that_pallas_does_not_compile_for_has_the_plain_one(capability: str, expected: str) -> None:
+    with patch.object(triton.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)]):
+        assert resolve_attention("auto", "gpu").name == expected
 
 
 def test_back_ends_that_are_refused() -> None:
