@@ -351,9 +351,12 @@ def check_config(config: RunConfig) -> None:
             f"sampling.temperature ({config.sampling.temperature}) is more than the {_HOTTEST} that vLLM takes. Lower "
             "it, or set sampling.engine to local."
         )
+    addresses = [("vllm.base_urls", url) for url in config.vllm.base_urls]
+    if config.judge.base_url:
+        addresses.append(("judge.base_url", config.judge.base_url))
     problems += [
-        f"vllm.base_urls: {url!r} is no address of a server; write it as http://HOST:PORT/v1."
-        for url in config.vllm.base_urls
+        f"{key}: {url!r} is no address of a server; write it as http://HOST:8000/v1."
+        for key, url in addresses
         if not url.startswith(("http://", "https://"))
     ]
     if problems:

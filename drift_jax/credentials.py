@@ -26,6 +26,7 @@ _REFUSED_OPTIONS = {
     "--ssl-keyfile-password": "secrets do not belong in a config, nor in a list of processes",
     "--config": "its options are not seen here; give them one by one",
 }
+_NO_ADDRESS = "is no address of a server; write it as http://HOST:PORT/v1"
 _SHORTEST = 4  # characters of an abbreviated option, such as --ho
 
 # Keys of configs whose values no message repeats.
@@ -33,12 +34,12 @@ UNSHOWN = frozenset({"base_url", "base_urls", "api_key_env", "args", "env"})
 
 
 def check_server_url(url: str) -> str:
-    """Raises `ValueError` for an address of a server that holds a secret, or may."""
+    """Raises `ValueError` for an address of a server that holds a secret, or may, and for what is none."""
     try:
         parts = urlsplit(url)
         named = parts.username is not None or parts.password is not None
     except ValueError:
-        raise ValueError("is no address of a server; write it as http://HOST:PORT/v1") from None
+        raise ValueError(_NO_ADDRESS) from None
     if named or "@" in url:
         raise ValueError(
             "must not hold a user or password: configs are copied into run folders. Export the server's key in a "
@@ -49,7 +50,23 @@ def check_server_url(url: str) -> str:
             "must end with its path, without `?...` or `#...`, where keys often stand: configs are copied into run "
             "folders. Export the server's key in a variable and name that in api_key_env"
         )
+    if url and not _can_be_asked(url):
+        raise ValueError(_NO_ADDRESS)
     return url
+
+
+def _can_be_asked(url: str) -> bool:
+    """Whether the HTTP client and the system's resolver can make something of an address."""
+    import httpx2  # here: most commands load a config and ask no server
+
+    try:
+        found = httpx2.URL(url)
+        found.raw_host.decode("ascii").encode("idna")  # as the resolver does
+        port = urlsplit(url).port  # at most 65535
+    except (ValueError, httpx2.InvalidURL):
+        return False
+    # One without http:// is left to whoever knows which key it is of.
+    return port != 0 and " " not in url and bool(found.raw_host or found.scheme not in ("http", "https"))
 
 
 def check_variable_name(name: str) -> str:

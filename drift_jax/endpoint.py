@@ -118,6 +118,12 @@ class Endpoint:
             self._wait_turn()
         try:
             answer = self._client.request(method, url, json=body)
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
+            raise EndpointError(
+                f"{url!a}: no request can be sent there ({type(error).__name__}: {error!s:.{_SHOWN}}). Write the "
+                "address as http://HOST:PORT/v1.",
+                passing=False,
+            ) from error
         except httpx2.HTTPError as error:
             raise EndpointError(f"{url}: no answer ({type(error).__name__}: {error}).", passing=True) from error
         if answer.is_error:
@@ -156,8 +162,11 @@ class Endpoint:
 
 
 def is_local(base_url: str) -> bool:
-    """Whether a server is on this machine."""
-    return httpx2.URL(base_url).host in ("127.0.0.1", "::1", "localhost")
+    """Whether a server is on this machine. What is no address is nowhere: a request to it says so."""
+    try:
+        return httpx2.URL(base_url).host in ("127.0.0.1", "::1", "localhost")
+    except (httpx2.InvalidURL, UnicodeError):
+        return False
 
 
 def _seconds(retry_after: str | None) -> float | None:

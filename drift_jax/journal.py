@@ -76,10 +76,18 @@ class Journal:
         """Writes rows and waits for the disk to have them, so that a power cut loses none.
 
         Raises:
-          StageError: the disk is full. What was appended before stays, and nothing of these rows does.
+          StageError: the disk is full, or a row holds what JSON cannot. What was appended before stays, and nothing of
+            these rows does.
         """
         # One write without a buffer: what a kill tears is the end of the file, and closing has nothing left to write.
-        data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        try:
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False).encode() for row in rows]
+        except ValueError as error:  # a line that nobody can read again would cost all others
+            raise StageError(
+                f"cannot write {self.path}: a row holds what JSON cannot ({error}). Mend the model or the server that "
+                "gave it and run again; it goes on from here."
+            ) from None
+        data = b"".join(line + b"\n" for line in lines)
         try:
             with held():  # a request to stop waits for the end of the line
                 written = 0

@@ -12,16 +12,19 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from string import Template
 from types import TracebackType
 from typing import Any, Generic, TypeVar, final
 
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Endpoint, Retry, read_api_key
-from drift_jax.errors import ConfigError, EndpointError
+from drift_jax.errors import ConfigError, EndpointError, StageError
+from drift_jax.reading import parse_json
 
 T = TypeVar("T")
 
+GIVE_UP = 16  # questions in a row without an answer that say enough
 _ATTEMPTS = 3  # at an answer that can be used; connections have their own (`Retry`)
 _SHOWN = 200  # characters of an answer in an error
 # What servers say to a parameter that they do not know; 500 is vLLM's word where its library for grammars is not there.
@@ -81,6 +84,39 @@ class MalformedError(EndpointError):
     def __init__(self, message: str, malformed: int, tokens: Tokens) -> None:
         super().__init__(message, passing=False)
         self.malformed, self.tokens = malformed, tokens
+
+
+@final
+class Silence:
+    """Questions in a row that a judge gave no answer to: where there are enough of them, nobody is there to answer.
+
+    Args:
+      kept: the file of its answers, which a run that goes on finds.
+      most: so many are enough.
+    """
+
+    def __init__(self, config: JudgeConfig, kept: Path, most: int = GIVE_UP) -> None:
+        self._model, self._kept, self._most = config.model, kept, most
+        self._questions, self._error = 0, ""
+
+    def answered(self) -> None:
+        self._questions = 0
+
+    def failed(self, error: EndpointError) -> None:
+        """Raises `StageError` where it is one too many. Answers that cannot be used (`MalformedError`) are answers."""
+        if isinstance(error, MalformedError):
+            self.answered()
+            return
+        self._questions, self._error = self._questions + 1, str(error)
+        if self._questions >= self._most:
+            raise self.gave_up() from None
+
+    def gave_up(self) -> StageError:
+        return StageError(
+            f"the judge {self._model} gave no answer to {self._questions} questions in a row: {self._error} Mend "
+            "judge.base_url, judge.model or the server and run again: what was answered is kept in "
+            f"{self._kept} and not asked again."
+        )
 
 
 @final
@@ -183,8 +219,10 @@ def _content(answer: dict[str, Any]) -> tuple[str, Tokens]:
 def parse_object(text: str) -> dict[str, Any]:
     """The last JSON object in a text that may say more around it, such as a thought before or a fence.
 
+    A character that was cut, half of a surrogate pair, becomes a `?`: no file could hold it.
+
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it holds NaN or an infinity, as Python's JSON may and no other.
     """
     decoder, found, start = json.JSONDecoder(), None, text.find("{")
     while start >= 0:
@@ -195,4 +233,7 @@ def parse_object(text: str) -> dict[str, Any]:
         start = text.find("{", end)
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
-    return found
+    try:
+        return parse_json(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -21,9 +21,9 @@ from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 from drift_jax import stopping
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import Retry
-from drift_jax.errors import DataError, EndpointError, StageError
+from drift_jax.errors import DataError, EndpointError
 from drift_jax.journal import Journal
-from drift_jax.judge import Judge, MalformedError, Tokens, Verdict
+from drift_jax.judge import GIVE_UP, Judge, MalformedError, Silence, Tokens, Verdict
 from drift_jax.progress import stage_progress
 from drift_jax.stopping import Stopped, late_answers
 
@@ -38,9 +38,6 @@ class _Row(TypedDict):
     malformed: int
     prompt_tokens: int
     completion_tokens: int
-
-
-_GIVE_UP = 16  # failures of the server in a row, from the first question on, that say enough
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def ask_all(
 
     Raises:
       ConfigError: the environment variable with the API key is not set.
-      StageError: the server answered nothing at all, or another process writes the cache.
+      StageError: the server gives no answers, at all or any more, or another process writes the cache.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     with Journal(cache, _Row) as journal, Judge(config, retry) as judge:
@@ -155,8 +152,8 @@ def _ask_missing(
     what: str,
 ) -> tuple[dict[str, str], _Lost]:
     """Adds to `known` and the journal; (why others have no answer, by key; what these took)."""
-    failures, lost, unanswered, answered = dict[str, str](), _Lost(), 0, False
-    enough = _GIVE_UP if known else min(_GIVE_UP, len(missing))
+    failures, lost = dict[str, str](), _Lost()
+    silence = Silence(judge.config, journal.path, GIVE_UP if known else min(GIVE_UP, len(missing)))
     with stage_progress(what, len(missing), "questions", console=console) as bar:
         pool = ThreadPoolExecutor(judge.config.concurrency)
         futures: dict[Future[Verdict[Any]], str] = {}
@@ -169,15 +166,11 @@ def _ask_missing(
                 except EndpointError as error:
                     failures[key] = str(error)
                     if isinstance(error, MalformedError):
-                        answered = True
                         lost.malformed += error.malformed
                         lost.tokens += error.tokens
-                    else:
-                        unanswered += 1
-                    if not answered and unanswered >= enough:
-                        raise _no_server(judge.config, unanswered, error) from None
+                    silence.failed(error)
                 else:
-                    answered = True
+                    silence.answered()
                     row = _answered(key, missing[key], judge.config, verdict)
                     known[key] = row
                     journal.append([row])
@@ -217,13 +210,6 @@ def _answered(key: str, question: Question[Any], config: JudgeConfig, verdict: V
         "prompt_tokens": verdict.tokens.prompt,
         "completion_tokens": verdict.tokens.completion,
     }
-
-
-def _no_server(config: JudgeConfig, failures: int, error: EndpointError) -> StageError:
-    return StageError(
-        f"the judge {config.model} failed on all {failures} questions that it was asked: {error} Mend judge.base_url, "
-        "judge.model or the server and run again: what was done before is kept."
-    )
 
 
 def _dollars(tokens: Tokens, config: JudgeConfig) -> float | None:

@@ -52,6 +52,28 @@ def test_a_secret_in_a_config_is_refused_and_not_shown(sections: dict[str, Any],
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host:port/v1",
+        "http://127.0.0.1:8000/v1\n",
+        "http://127.0.0.1:8000 /v1",
+        "http://127.0.0.1:80000/v1",
+        "http://[::1/v1",
+        "http://[::g]:8000/v1",
+        "http:///v1",
+        "http://ü-.de/v1",
+        "http://a..de/v1",
+        f"http://{'a' * 64}.de/v1",
+    ],
+)
+def test_what_is_no_address_is_refused_and_not_shown(url: str) -> None:
+    for name, value in (("judge", {"base_url": url}), ("vllm", {"base_urls": [url]})):
+        with pytest.raises(ConfigError, match=rf"{name}\.base_urls?.*: is no address of a server") as caught:
+            build(**{name: value})
+        assert url not in str(caught.value)
+
+
 def test_so_it_is_in_a_file_of_mining_rules() -> None:
     with pytest.raises(ConfigError, match=r"judge.base_url: must not hold a user") as caught:
         validate(DetectorConfig, {"judge": {"base_url": f"http://me:{SECRET}@h/v1"}}, "rules.yaml")
@@ -81,7 +103,11 @@ def test_a_server_of_ours_is_not_opened_to_others_nor_to_foreign_code(word: str)
 def test_what_holds_no_secret_is_taken() -> None:
     args, env = ("--swap-space", "1", "--max-num-seqs", "4", "-O3"), {"TOKENIZERS_PARALLELISM": "1", "MAX_TOKENS": "9"}
     config = build(
-        vllm={"args": list(args), "env": env, "base_urls": ["http://10.0.0.2:8000/v1"]},
+        vllm={
+            "args": list(args),
+            "env": env,
+            "base_urls": ["http://10.0.0.2:8000/v1", "http://my_host", "http://ü.de/"],
+        },
         judge={"base_url": "https://[::1]:8000/a/v1/", "api_key_env": "OPENAI_API_KEY"},
     )
     assert config.vllm.args == args and config.vllm.env == env and config.judge.api_key_env == "OPENAI_API_KEY"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drift_jax.endpoint import Endpoint, Retry, read_api_key
+from drift_jax.endpoint import Endpoint, Retry, is_local, read_api_key
 from drift_jax.errors import ConfigError, EndpointError
 from tests.http_servers import answering
 
@@ -92,6 +92,17 @@ def test_no_server_and_no_json(server: Moody) -> None:
     with pytest.raises(EndpointError, match="no answer") as caught:
         gone.get("/models")
     assert caught.value.passing and caught.value.status is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://HOST:PORT/v1", "http://127.0.0.1:8000/v1\n", "http://ü-.de/v1", f"http://{'a' * 64}.de/v1", "10.0.0.2/v1"],
+)
+def test_what_is_no_address_is_said_once(url: str) -> None:
+    assert not is_local(url)
+    with pytest.raises(EndpointError, match="no request can be sent there .*http://HOST:PORT/v1") as caught:
+        Endpoint(url, sleep=lambda _: pytest.fail("it was sent again")).get("/models")
+    assert not caught.value.passing and caught.value.status is None
 
 
 def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

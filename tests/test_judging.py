@@ -132,6 +132,28 @@ def test_malformed_answers_are_counted_and_left_out(tmp_path: Path) -> None:
         assert len(small.seen) == before + 3
 
 
+@pytest.mark.parametrize(
+    "said", ['{"n": 7, "p": NaN}', '{"n": 7, "p": -Infinity}', '{"n": 7, "p": 1e999}', '{"n": NaN}']
+)
+def test_a_number_that_json_has_not_is_a_malformed_answer(tmp_path: Path, said: str) -> None:
+    """What was paid for can be read again."""
+    with serve(judge_of(lambda _: said if len(small.seen) == 1 else {"n": 7, "p": 1.5})) as small:
+        for asked in (2, 2):
+            found = ask_all(questions(1), config(small), tmp_path / "v.jsonl", quiet())
+            assert found.values == {"q0": 7} and found.tally.malformed_answers == 1 and len(small.seen) == asked
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\ud83d", "\\uDE42\\ud83d"], ids=["escaped", "as it is", "two"])
+def test_half_of_a_surrogate_pair_is_mended(tmp_path: Path, half: str) -> None:
+    said = f'{{"n": 7, "why": "good {half}", "{half}": [{{"{half}": "\\ud83d\\ude42"}}]}}'
+    with serve(judge_of(lambda _: said)) as small:
+        for _ in range(2):
+            found = ask_all(questions(1), config(small), tmp_path / "v.jsonl", quiet())
+            assert found.values == {"q0": 7} and len(small.seen) == 1 and found.tally.malformed_answers == 0
+    mark = "?" * half.upper().count("\\U") or "?"
+    assert found.rows["q0"]["answer"] == {"n": 7, "why": f"good {mark}", mark: [{mark: "🙂"}]}
+
+
 def test_only_malformed_answers_are_no_reason_to_stop(tmp_path: Path) -> None:
     with serve(judge_of(lambda _: "no")) as small:
         found = ask_all(questions(20), config(small), tmp_path / "v.jsonl", quiet())
@@ -155,9 +177,43 @@ def test_a_busy_server_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_server_that_answers_nothing_stops_it(tmp_path: Path) -> None:
     with serve(lambda path, body: (401, {"error": "who are you"})) as small:
-        with pytest.raises(StageError, match="failed on all 16 questions.*who are you"):
+        with pytest.raises(
+            StageError, match=r"gave no answer to 16 questions in a row: .*who are you.*v\.jsonl and not asked again"
+        ):
             ask_all(questions(40), config(small, concurrency=1), tmp_path / "v.jsonl", quiet(), retry=NO_WAIT)
         assert len(small.seen) <= 17
+
+
+@pytest.mark.parametrize("answered", [1, 0], ids=["it dies", "it is dead when the run goes on"])
+def test_a_server_that_answers_no_more_stops_it_and_a_rerun_goes_on(tmp_path: Path, answered: int) -> None:
+    alive = True
+
+    def verdict(prompt: str) -> dict[str, Any] | Answer:
+        return {"n": number(prompt)} if alive or len(small.seen) <= answered else (401, {"error": "expired"})
+
+    with serve(judge_of(verdict)) as small:
+        judge, cache = config(small, concurrency=1), tmp_path / "v.jsonl"
+        if not answered:
+            ask_all(questions(1), judge, cache, quiet())
+            small.seen.clear()
+        alive = False
+        with pytest.raises(StageError, match=r"gave no answer to 16 questions in a row: .*expired"):
+            ask_all(questions(60), judge, cache, quiet(), retry=NO_WAIT)
+        assert len(small.seen) <= answered + 17 and len(cache.read_text().splitlines()) == 1
+        alive = True
+        found = ask_all(questions(60), judge, cache, quiet())
+    assert found.tally.cached == 1 and found.values == {f"q{i}": i for i in range(60)}
+
+
+def test_silence_now_and_then_stops_nothing(tmp_path: Path) -> None:
+    """Every 16th question is answered, if only with what cannot be used."""
+
+    def verdict(prompt: str) -> str | Answer:
+        return "no" if number(prompt) % 16 == 15 else (401, {})
+
+    with serve(judge_of(verdict)) as small:
+        found = ask_all(questions(48), config(small, concurrency=1), tmp_path / "v.jsonl", quiet(), retry=NO_WAIT)
+    assert found.tally.failed == 48 and found.tally.malformed_answers == 9
 
 
 def test_some_failures_are_left_out(tmp_path: Path) -> None:

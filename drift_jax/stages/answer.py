@@ -23,7 +23,7 @@ from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.identity import sampling_job
 from drift_jax.stages.inputs import open_tokenizer
 from drift_jax.stages.journal import open_journals, read_completions
-from drift_jax.stages.sample import completion_row, draw, merge, refuse_foreign
+from drift_jax.stages.sample import completion_row, draw, known_cuts, merge, refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def answer_stage(
             journals.append(rows)
             return {"prompt": dialogues[rows[-1]["id"]][-1].content, "answer": rows[-1]["text"]}
 
-        known = {(row["id"], row["sample"]) for row in journals.rows.values()}
+        known = known_cuts(journals)
         missing = [r for r in mine if (r.row_id, r.sample) not in known]
         with engine.open(missing, out_dir, console) as sampler:
-            draw(sampler, missing, params, keep, what, console)
+            draw(sampler, missing, params, keep, what, console, engine.per_host)
         merge(journals, list(dialogues), 1, out_dir)
     rows = on_main(lambda: read_completions(out_dir / "completions.jsonl"))
     return Answers({row["id"]: Answer(row["text"], row["finish_reason"]) for row in rows}, cut)

@@ -26,14 +26,13 @@ from drift_jax import stopping
 from drift_jax.config import RunConfig
 from drift_jax.errors import DataError, EndpointError, StageError
 from drift_jax.journal import Journal
-from drift_jax.judge import Judge, JudgePrompt, load_prompt
+from drift_jax.judge import GIVE_UP, Judge, JudgePrompt, Silence, load_prompt
 from drift_jax.methods import Record, logged_reply
 from drift_jax.progress import stage_progress
 from drift_jax.stopping import Stopped, late_answers
 
 VERDICTS_FILE = "verdicts.jsonl"
 _PROMPT = "choose_v1"
-_GIVE_UP = 16  # failures in a row, from the first question on, that say enough
 
 
 class _Verdict(TypedDict):
@@ -96,7 +95,7 @@ def _by_judge(candidates: Sequence[Candidates], config: RunConfig, out_dir: Path
     Where the judge fails on a record the first completion is taken, and the pair says why.
 
     Raises:
-      StageError: it failed on all records.
+      StageError: it failed on all records, or gives no answers any more.
     """
     prompt = load_prompt(_PROMPT)
     choices = [Choice(0, {"only": True}) for _ in candidates]
@@ -104,35 +103,7 @@ def _by_judge(candidates: Sequence[Candidates], config: RunConfig, out_dir: Path
         known = {row["key"]: row for row in journal.rows}
         asked = {i: _question(one, config, prompt) for i, one in enumerate(candidates) if len(one.rows) > 1}
         missing = {i: question for i, question in asked.items() if question.key not in known}
-        succeeded, failures = len(missing) < len(asked), dict[int, str]()
-        with stage_progress("judging", len(missing), "records", console=console) as bar:
-            pool = ThreadPoolExecutor(config.judge.concurrency)
-            futures: dict[Future[dict[str, Any]], int] = {}
-            try:
-                futures |= {pool.submit(partial(_ask, judge, question)): i for i, question in missing.items()}
-                for future in as_completed(futures):
-                    i = futures[future]
-                    try:
-                        verdict = future.result()
-                    except EndpointError as error:
-                        failures[i] = str(error)
-                        if not succeeded and len(failures) >= min(_GIVE_UP, len(missing)):
-                            raise StageError(
-                                f"the judge {config.judge.model} failed on all {len(failures)} records that it was "
-                                f"asked about: {error} Mend judge.base_url, judge.model or the server and run again: "
-                                "completions are kept, and what was judged is not asked again."
-                            ) from None
-                    else:
-                        succeeded = True
-                        known[missing[i].key] = verdict
-                        journal.append([verdict])
-                    bar.advance(1, f"{len(failures)} failed" if failures else None)
-            except Stopped:
-                late = late_answers(pool, futures)
-                journal.append([verdict for i, verdict in late.items() if missing[i].key not in known])
-                raise
-            finally:
-                pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
+        failures = _ask_missing(missing, len(missing) < len(asked), judge, journal, known, console)
     for i, question in asked.items():
         choices[i] = (
             Choice(0, {"failed": failures[i]}) if i in failures else _choice(known[question.key], candidates[i])
@@ -166,6 +137,49 @@ class _Question:
     text: str
     prompt: JudgePrompt
     model: str
+
+
+def _ask_missing(
+    missing: Mapping[int, _Question],
+    succeeded: bool,
+    judge: Judge,
+    journal: Journal,
+    known: dict[str, dict[str, Any]],
+    console: Console,
+) -> dict[int, str]:
+    """Adds to `known` and the journal; why others have no verdict. `succeeded`: there are verdicts from before."""
+    failures, silence = dict[int, str](), Silence(judge.config, journal.path)
+    with stage_progress("judging", len(missing), "records", console=console) as bar:
+        pool = ThreadPoolExecutor(judge.config.concurrency)
+        futures: dict[Future[dict[str, Any]], int] = {}
+        try:
+            futures |= {pool.submit(partial(_ask, judge, question)): i for i, question in missing.items()}
+            for future in as_completed(futures):
+                i = futures[future]
+                try:
+                    verdict = future.result()
+                except EndpointError as error:
+                    failures[i] = str(error)
+                    if not succeeded and len(failures) >= min(GIVE_UP, len(missing)):
+                        raise StageError(
+                            f"the judge {judge.config.model} failed on all {len(failures)} records that it was asked "
+                            f"about: {error} Mend judge.base_url, judge.model or the server and run again: "
+                            "completions are kept, and what was judged is not asked again."
+                        ) from None
+                    silence.failed(error)
+                else:
+                    succeeded = True
+                    silence.answered()
+                    known[missing[i].key] = verdict
+                    journal.append([verdict])
+                bar.advance(1, f"{len(failures)} failed" if failures else None)
+        except Stopped:
+            late = late_answers(pool, futures)
+            journal.append([verdict for i, verdict in late.items() if missing[i].key not in known])
+            raise
+        finally:
+            pool.shutdown(wait=not stopping.asked(), cancel_futures=True)
+    return failures
 
 
 def _question(one: Candidates, config: RunConfig, prompt: JudgePrompt) -> _Question:

@@ -87,7 +87,7 @@ def _by_logprob(candidates: Sequence[Candidates], config: RunConfig, out_dir: Pa
 
 
 def _by_judge(candidates: Sequence[Candidates], config: RunConfig, out_dir: Path, console: Console) -> list[Ranking]:
-    """Raises `StageError` where the judge fails on all records."""
+    """Raises `StageError` where the judge fails on all records, or gives no answers any more."""
     choices = CHOOSERS["judge"](candidates, config, out_dir, console)
     return [
         Ranking(None, choice.evidence, NO_VERDICT)

@@ -104,6 +104,7 @@ class RefJournal:
                 self._waiting += [
                     {"pair": int(start + row), "tokens": self._hashes[start + row], "logps": logps.tolist()}
                     for row, logps in zip(rows, new, strict=True)
+                    if np.isfinite(logps).all()  # JSON has no NaN: such a pair is computed anew
                 ]
                 if time.monotonic() - self._written > _WRITE_S:
                     self._write()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,13 @@ def sample_stage(
         StageTimer() as timer,
     ):
         on_each(lambda: refuse_foreign(journals.rows.values(), job, out_dir))
-        cut = _known_cuts(journals)
+        cut = known_cuts(journals)
         by_id = {record.id: record for record in mine}
 
         def keep(completions: list[Completion]) -> dict[str, str]:
             rows = [completion_row(c, tokenizer, needs_logps(config), job) for c in completions]
             journals.append(rows)
             timer.count_tokens(sum(len(c.token_ids) for c in completions))
-            if not per_host and stopping.reached():  # with a share of its own a host may stop at any time
-                raise Stopped
             return _example(by_id[rows[-1]["id"]], rows[-1]["text"], style_of(config, rows[-1]["sample"]))
 
         def missing(again: bool) -> list[SampleRequest]:
@@ -85,10 +82,7 @@ def sample_stage(
         with engine.open([*missing(False), *missing(True)], out_dir, console) as sampler:
             for again in (False, True) if config.sampling.on_cut == "resample" else (False,):
                 what = "sampling cut ones again" if again else "sampling"
-                what += f", 1 of {jax.process_count()} hosts" if per_host else ""
-                wanted = missing(again)
-                work = partial(draw, sampler, wanted, params, keep, what, console)
-                completions = on_each(work) if per_host else work()
+                completions = draw(sampler, missing(again), params, keep, what, console, per_host)
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
         count = merge(journals, [record.id for record in every], samples_each(config), out_dir)
     cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
@@ -117,7 +111,7 @@ def merge(journals: Journals, ids: Sequence[str], samples: int, out_dir: Path) -
     return len(rows)
 
 
-def _known_cuts(journals: Journals) -> dict[tuple[str, int], bool]:
+def known_cuts(journals: Journals) -> dict[tuple[str, int], bool]:
     """(id, sample) -> whether it was cut by length, of the completions that any host has."""
     mine = [[*key, row["finish_reason"] == "length"] for key, row in journals.rows.items()]
     return {(name, sample): was_cut for rows in gather(mine) for name, sample, was_cut in rows}
@@ -130,16 +124,27 @@ def draw(
     keep: Callable[[list[Completion]], dict[str, str]],
     what: str,
     console: Console,
+    per_host: bool,
 ) -> list[Completion]:
-    """Samples under a progress bar; `keep` stores completions as they come and gives an example to show."""
-    with stage_progress(what, len(missing), "rows", console=console) as bar:
+    """Samples under a progress bar; `keep` stores completions as they come and gives an example to show.
 
-        def on_batch(completions: list[Completion]) -> None:
-            example = keep(completions)
-            bar.advance(len(completions))
-            bar.show_sample(example)
+    With a share of its own (`per_host`) a host may stop at any time, and tells the others in the end how it went.
+    """
+    what += f", 1 of {jax.process_count()} hosts" if per_host else ""
 
-        return sampler.sample(missing, params, on_batch)
+    def work() -> list[Completion]:
+        with stage_progress(what, len(missing), "rows", console=console) as bar:
+
+            def on_batch(completions: list[Completion]) -> None:
+                example = keep(completions)
+                if not per_host and stopping.reached():
+                    raise Stopped
+                bar.advance(len(completions))
+                bar.show_sample(example)
+
+            return sampler.sample(missing, params, on_batch)
+
+    return on_each(work) if per_host else work()
 
 
 def _second_draws(

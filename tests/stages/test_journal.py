@@ -63,6 +63,18 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_rows(tmp_path / "j.jsonl") == ROWS
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), "half \ud83d"])
+def test_what_json_cannot_hold_does_not_spoil_the_file(tmp_path: Path, value: Any) -> None:
+    with Journal(tmp_path / "j.jsonl") as journal:
+        journal.append(ROWS[:1])
+        with pytest.raises(
+            StageError, match=r"cannot write .*j\.jsonl: a row holds what JSON cannot .*goes on from here"
+        ):
+            journal.append([ROWS[1], {"id": value}])
+        journal.append(ROWS[1:])
+    assert read_rows(tmp_path / "j.jsonl") == ROWS
+
+
 def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     script = (

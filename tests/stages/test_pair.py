@@ -45,10 +45,14 @@ class Job:
         self.out.mkdir(exist_ok=True)
         self.dsat = write_dsat(path / "dsat.jsonl", records)
         (self.out / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.console = Console(file=io.StringIO(), width=300)
+        self.text = io.StringIO()
+        self.console = Console(file=self.text, width=300)
 
     def pair(self, config: RunConfig) -> dict[str, Any]:
         return pair_stage(config, "hash", str(self.dsat), self.out, self.console)
+
+    def said(self) -> list[str]:
+        return self.text.getvalue().splitlines()
 
     def chosen(self) -> dict[str, Pair]:
         files = [self.out / f"pairs.{name}.jsonl" for name in ("test", "train")]
@@ -102,6 +106,30 @@ def test_what_was_cut_twice_is_dropped_and_once_is_drawn_again(tmp_path: Path) -
     for on_cut, pairs in (("drop", 1), ("keep", 2)):
         rows = [row("d0"), row("d1", finish="length"), row("d2")]
         assert Job(tmp_path, 3, rows).pair(config_of(sampling={"on_cut": on_cut}))["pairs"] == pairs
+
+
+def test_no_held_out_pair_is_said_once(tmp_path: Path) -> None:
+    """Because none was to be, or because no held-out record made one: an empty file either way."""
+    job = Job(tmp_path, 2, [row("d0", text=""), row("d1")])
+    summary = job.pair(config_of())
+    assert (summary["pairs"], summary["held_out"]) == (1, 0)
+    (line,) = job.said()
+    assert line.startswith("warning: none of the 1 held-out records has made a pair") and "drops.json says why" in line
+    assert (job.out / "pairs.test.jsonl").read_bytes() == b""
+    job = Job(tmp_path, 2, [row("d0"), row("d1")])
+    assert job.pair(config_of(data={"test_rows": 0}))["held_out"] == 0
+    assert job.said() == ["data.test_rows is 0: no pair is held out, and training evaluates nothing"]
+    job = Job(tmp_path, 2, [row("d0"), row("d1")])
+    assert job.pair(config_of())["held_out"] == 1 and job.said() == []
+
+
+def test_a_bad_record_is_counted_once(tmp_path: Path) -> None:
+    job = Job(tmp_path, 3, [row("d0"), row("d1"), row("d2")])
+    lines = job.dsat.read_text().splitlines()
+    twice = json.dumps({"prompt": 1, "rejected": 2, "user_preference": 3})
+    job.dsat.write_text("\n".join([*lines, twice, "[]"]) + "\n")
+    summary = job.pair(config_of(data={"test_rows": 1, "on_bad_row": "skip"}))
+    assert summary["drops"]["bad row"] == 2 and summary["pairs"] == 2
 
 
 def test_nothing_left_says_what_was_dropped(tmp_path: Path) -> None:
@@ -306,6 +334,43 @@ def test_a_judge_that_always_fails_stops_the_stage(tmp_path: Path, server: Judge
     with pytest.raises(StageError, match=r"judge j failed on all 16 records .*500.*out of order.*run again"):
         job.pair(judged(server, concurrency=1))
     assert not (job.out / "pairs.train.jsonl").exists() and len(server.seen) < 2 * 2 * 20
+
+
+@pytest.mark.parametrize("answered", [1, 0], ids=["it dies", "it is dead when the run goes on"])
+def test_a_judge_that_dies_stops_the_stage_and_a_rerun_goes_on(
+    tmp_path: Path, server: JudgeServer, answered: int
+) -> None:
+    """It never turns into a choice of first completions."""
+    right, job = server.answer, many(tmp_path, 40)
+    if not answered:
+        job.pair(judged(server))
+        verdicts = job.out / "verdicts.jsonl"
+        verdicts.write_bytes(verdicts.read_bytes().splitlines(keepends=True)[0])
+        (job.out / "pairs.train.jsonl").unlink()
+        server.seen.clear()
+    server.answer = lambda body: right(body) if len(server.seen) <= answered else (401, "expired")
+    with pytest.raises(
+        StageError, match=r"judge j gave no answer to 16 questions in a row: .*expired.*verdicts\.jsonl"
+    ):
+        job.pair(judged(server, concurrency=1))
+    assert not (job.out / "pairs.train.jsonl").exists() and len(server.seen) <= answered + 17
+    server.answer = right
+    server.seen.clear()
+    assert job.pair(judged(server))["judge_failures"] == 0 and len(server.seen) == 39
+    assert {pair.chosen for pair in job.chosen().values()} == {WORDS[2]}
+
+
+def test_a_judge_that_answers_nonsense_after_a_verdict_is_still_there(tmp_path: Path, server: JudgeServer) -> None:
+    right = server.answer
+    server.answer = lambda body: right(body) if len(server.seen) == 1 else (200, "The second.")
+    assert many(tmp_path, 20).pair(judged(server, concurrency=1))["judge_failures"] == 19
+
+
+def test_a_reason_that_no_file_can_hold_is_mended(tmp_path: Path, server: JudgeServer) -> None:
+    server.answer = lambda body: (200, json.dumps({"reason": "good \ud83d", "best": best_of(body)}))
+    job = many(tmp_path, 3)
+    assert job.pair(judged(server))["judge_failures"] == 0
+    assert {pair.meta["chooser"]["reason"] for pair in job.chosen().values()} == {"good ?"}
 
 
 def test_a_key_that_is_not_set_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch, server: JudgeServer) -> None:

@@ -32,11 +32,10 @@ from drift_jax.data.mining.dialogue import Complaint, Conversation
 from drift_jax.data.mining.fired import RuleCounts, follow_ups
 from drift_jax.data.mining.pace import Pace
 from drift_jax.endpoint import Retry
-from drift_jax.errors import ConfigError, EndpointError, StageError
+from drift_jax.errors import ConfigError, EndpointError
 from drift_jax.journal import Journal
-from drift_jax.judge import Judge, JudgePrompt, MalformedError, Tokens, load_prompt
+from drift_jax.judge import Judge, JudgePrompt, MalformedError, Silence, Tokens, load_prompt
 
-_GIVE_UP = 16  # questions in a row without an answer that say enough
 _WAITING = 1024  # conversations that are held while one before them is judged
 # Bounds of an answer where the server keeps to the schema: a small model may write on until it is cut off.
 # By length: xgrammar 0.2.8, which vLLM takes, fails on a pattern here.
@@ -124,8 +123,8 @@ class JudgeDetector:
         self._coming: dict[str, Future[Row]] = {}
         self._used: dict[str, None] = {}  # keys of all answers of this run, those of the journal included
         self._pool = ThreadPoolExecutor(config.judge.concurrency)
-        self._turns = self._undecided = self._unanswered = self._failed_in_a_row = self._asked = 0
-        self._last_error = ""
+        self._turns = self._undecided = self._unanswered = self._asked = 0
+        self._silence, self._last_error = Silence(config.judge, journal), ""
 
     def find(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Complaint]]]:
         """Every conversation with its complaints, in order; a few questions ahead of what is taken.
@@ -143,7 +142,7 @@ class JudgeDetector:
             while waiting:
                 yield self._settle(waiting.popleft())
             if self._unanswered and not self._used:
-                raise self._gave_up(self._unanswered)
+                raise self._silence.gave_up()
         finally:
             if any(one.open() for one in waiting):
                 self._pace.stop()  # nobody waits for these answers
@@ -282,13 +281,11 @@ class JudgeDetector:
                 self._coming.pop(question.key, None)
                 self._undecided += len(question.turns)
                 self._unanswered += 1
-                self._failed_in_a_row += 1
                 self._last_error = str(error)
-                if self._failed_in_a_row >= _GIVE_UP:
-                    raise self._gave_up(self._failed_in_a_row) from None
+                self._silence.failed(error)
                 continue
             if self._coming.pop(question.key, None) is not None:  # an answer of this run
-                self._failed_in_a_row = 0
+                self._silence.answered()
             self._used[question.key] = None
             self._undecided += len(row["undecided"])
             complaints += [self._complaint(v, one.fired) for v in row["verdicts"] if self._is_complaint(v)]
@@ -308,13 +305,6 @@ class JudgeDetector:
             **{key: verdict[key] for key in ("criteria", "strength", "reason")},
         }
         return Complaint(verdict["turn"], evidence)
-
-    def _gave_up(self, questions: int) -> StageError:
-        return StageError(
-            f"the judge {self._config.judge.model} gave no answer to {questions} questions in a row: "
-            f"{self._last_error} Mend judge.base_url, judge.model or the server and run again: what was answered is "
-            f"kept in {self._journal.path} and not asked again."
-        )
 
 
 def verdict_schema(turns: Sequence[int], criteria: Sequence[str]) -> dict[str, Any]:
