@@ -36,6 +36,19 @@ class HalfPairError(ValueError):
     """A text of a JSON value holds half of a surrogate pair; names the key of the value."""
 
 
+def split_name(given: str) -> tuple[str | None, Path]:
+    """(NAME, PATH) of `[NAME=]PATH`; NAME is None where none is given.
+
+    Folders may be called `lr=1e-5`: what is there as a whole is a path, and so is what has a `/` before its first `=`,
+    unless PATH is there (a name may be that of a model of the hub, `org/model`).
+    """
+    name, separator, path = given.partition("=")
+    # os.path says no of a text that cannot be a path; Path.exists would raise.
+    if not separator or os.path.exists(given) or ("/" in name and not os.path.exists(path)):
+        return None, Path(given)
+    return name or None, Path(path)
+
+
 def open_file(path: str | Path, error: type[DriftError] = DataError) -> BinaryIO:
     """A file opened for reading bytes; files are read more than once, so what is none is refused.
 

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_jax.errors import ConfigError, DataError
+from drift_jax.evaluation.alpaca_eval import build_report, win_rates
+from drift_jax.evaluation.report import write_report
 from drift_jax.files import write_jsonl
 from drift_jax.records import Message, SatRecord, sat_to_row
 from drift_jax.report import page
@@ -293,6 +295,19 @@ def test_the_card_has_data_recipe_figures_and_licence(drift: Drift, tmp_path: Pa
     assert "not stated in the base's files" in (run / "iter_2" / "hf" / "README.md").read_text()
     assert drift("card", run, "--license", "mit", "--out", tmp_path / "c.md")[0] == 0
     assert "license: mit" in (tmp_path / "c.md").read_text()
+
+
+def test_the_card_has_results_of_alpaca_eval(drift: Drift, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "iter_2/hf").mkdir()
+    (run / "iter_2/hf/config.json").write_text("{}")
+    for k, preference in ((1, 1.25), (2, 1.75)):
+        rates = win_rates([{"preference": preference}] * 20)
+        write_report(build_report(rates, f"run-iter_{k}", "judge-1", "a"), run / f"evaluation/{k}")
+    code, _, err = drift("card", run)
+    assert code == 0, err
+    text = (run / "iter_2/hf/README.md").read_text()
+    assert "`AlpacaEval 2 win rate, %`: 75" in text and "`AlpacaEval 2 win rate, %`: 25" not in text
 
 
 @pytest.mark.parametrize(("value", "shown"), [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("a\nb", "`a b`")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -12,6 +11,14 @@ import typer
 from rich.console import Console
 
 from drift_jax.cli import evaluate_policy
+from drift_jax.cli.evaluate_rows import (
+    AnnotationsOption,
+    RowsOption,
+    print_alpaca_rows,
+    print_wildbench_rows,
+    read_rows,
+    refuse_beside_rows,
+)
 from drift_jax.cli.options import Overrides, build_console, resolve
 from drift_jax.cli.parts import leave_accelerator, prepare_sample
 from drift_jax.cli.processes import across_processes
@@ -54,10 +61,6 @@ def _prepare(given: dict[str, Any]) -> bool:
     return prepare_sample(given)
 
 
-Rows = Annotated[
-    Optional[list[Path]],  # noqa: UP045
-    typer.Option("--rows", help="Print the numbers of a file of rows, or of a published table. Repeatable."),
-]
 Tasks = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
@@ -96,7 +99,7 @@ Strict = Annotated[
 
 def wildbench(
     model: Model = None,
-    rows: Rows = None,
+    rows: RowsOption = None,
     tasks: Tasks = None,
     checkout: Checkout = None,
     references: References = None,
@@ -113,13 +116,14 @@ def wildbench(
     """WB-Score, WB-Reward and Elo-style ratings, by upstream's tasks and judge's templates. Run again to resume."""
     from drift_jax.evaluation import wildbench_judge as judging
     from drift_jax.evaluation.settings import WILDBENCH, require_judge
-    from drift_jax.evaluation.wildbench_files import recompute
     from drift_jax.evaluation.wildbench_rows import open_tasks, score_rows
     from drift_jax.evaluation.wildbench_run import WildBenchJob, run_wildbench
 
     if rows:
-        tags = {task.session_id: task.groups for task in open_tasks(tasks)} if tasks else None
-        on_main(lambda: _print_json(recompute(rows, tags, next(iter(references or ()), None), length_penalty)))
+        given = {"MODEL": model, "--wildbench": checkout, "--against": against, "--pair-judge": pair_judge}
+        given |= {"--json-schema": strict, "--name": name, "--cache": cache}
+        refuse_beside_rows(given | {"--config": config, "--set": overrides, "--out": out})
+        on_main(lambda: print_wildbench_rows(rows, tasks, references or (), length_penalty))
         return
     model, out = _required(model, out)
     resolved, console = _resolve_config(model, out, WILDBENCH, config, overrides), build_console()
@@ -129,7 +133,7 @@ def wildbench(
         on_main(lambda template=template: judging.load_template(template, checkout) and None)
     found = on_each(lambda: open_tasks(tasks))
     others = dict(on_each(lambda reference=reference: _reference(reference)) for reference in references or ())
-    scored = {path.stem: score_rows(_rows(path)).rows for path in against or ()}
+    scored = {path.stem: score_rows(read_rows(path)).rows for path in against or ()}
     label, outputs, drawn, note = _task_outputs(resolved, model, found, out, console)
     label = name or label
     job = WildBenchJob(
@@ -154,10 +158,6 @@ def wildbench(
     on_main(work)
 
 
-Annotations = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--rows", help="Print the win rates of a file of annotations."),
-]
 Baseline = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
@@ -180,7 +180,7 @@ Gamed = Annotated[
 
 def alpaca_eval(
     model: Model = None,
-    rows: Annotations = None,
+    rows: AnnotationsOption = None,
     reference: Baseline = None,
     annotate: Annotate = False,
     annotator: Annotator = "weighted_alpaca_eval_gpt4_turbo",
@@ -198,7 +198,10 @@ def alpaca_eval(
     from drift_jax.records import Message
 
     if rows:
-        on_main(lambda: _print_json(alpaca.win_rates(_rows(rows))))
+        given = {"MODEL": model, "--reference-outputs": reference, "--annotate": annotate, "--df-gamed": gamed}
+        given |= {"--annotator": annotator != alpaca.ANNOTATOR, "--name": name}
+        refuse_beside_rows(given | {"--config": config, "--set": overrides, "--out": out})
+        on_main(lambda: print_alpaca_rows(rows))
         return
     model, out = _required(model, out)
     resolved, console = _resolve_config(model, out, ALPACA_EVAL, config, overrides), build_console()
@@ -206,21 +209,24 @@ def alpaca_eval(
         require_judge(resolved.judge)
         on_main(lambda: alpaca.check_package())
     baseline = Path(on_main(lambda: str(alpaca.baseline_file(reference))))
-    prompts = on_each(lambda: _rows(baseline))
+    prompts = on_each(lambda: read_rows(baseline))
     alpaca.check_prompts(prompts, str(baseline))
     note, drawn, outputs_path = None, None, out / "model_outputs.json"
     if Path(model).is_file():
         outputs_path = Path(model)
+        label = name or alpaca.model_of_outputs(on_each(lambda: read_rows(outputs_path)), outputs_path)
     else:
+        label = name or _label(model)
         dialogues = {str(i): [Message("user", prompt["instruction"])] for i, prompt in enumerate(prompts)}
         texts, drawn, note = _answers(resolved, model, dialogues, out, console)
-        built = alpaca.build_outputs(prompts, [texts[key] for key in dialogues], name or _label(model))
+        built = alpaca.build_outputs(prompts, [texts[key] for key in dialogues], label)
         on_main(lambda: write_json(outputs_path, built))
     if not annotate:
         report = Report("AlpacaEval 2", (), [f"outputs: {outputs_path}; --annotate compares them with {baseline}."])
     else:
         report = alpaca.build_report(
             on_main(lambda: alpaca.annotate(outputs_path, baseline, resolved.judge, annotator, out, gamed)),
+            label,
             resolved.judge.model,
             annotator,
         )
@@ -346,11 +352,11 @@ def _task_outputs(
 def _outputs(
     config: RunConfig, model: str, prompts: list[Prompt], out: Path, console: Console
 ) -> tuple[dict[str, str], str | None]:
-    """Outputs of a file, or of a model; by prompt id."""
+    """(outputs by prompt id, what is to be said of them), of a file or a model."""
     from drift_jax.evaluation.prompts import read_outputs
 
     if Path(model).is_file():
-        return on_each(lambda: read_outputs(Path(model), prompts)), None
+        return on_each(lambda: read_outputs(Path(model), prompts))
     texts, _, note = _answers(config, model, {p.id: list(p.messages) for p in prompts}, out, console)
     return texts, note and f"{_label(model)}: {note}"
 
@@ -365,15 +371,9 @@ def _reference(given: str) -> tuple[str, dict[str, str]]:
     return load_outputs(Path(given)) if Path(given).is_file() else hub_outputs(given)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    from drift_jax.evaluation.json_rows import read_json
-
-    return read_json(path, "rows")
-
-
 def _label(model: str) -> str:
-    """A model by its directory; RUN/iter_2/hf is RUN-iter_2."""
-    path = Path(model)
+    """A model by its directory; RUN/iter_2/hf is RUN-iter_2, also where it is named from within RUN."""
+    path = Path(model).absolute() if Path(model).is_dir() else Path(model)
     return "-".join(path.parts[-3:-1]) if len(path.parts) > 2 and path.name == "hf" else path.name or model
 
 
@@ -397,7 +397,3 @@ def _write_json(path: Path, value: Any) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, value)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -228,7 +228,8 @@ def without_devices(given: dict[str, Any]) -> bool:
 
 def _config_of(model: str, run: Path | None, file: Path | None, changes: list[str]) -> RunConfig:
     """Of a run its own; of a model `file`, or defaults."""
-    from drift_jax.config import apply_override, build_config, load_config
+    from drift_jax.config import build_config, load_config
+    from drift_jax.evaluation.settings import name_model
     from drift_jax.stages.preference import run_folder
     from drift_jax.yaml_files import read_yaml
 
@@ -237,7 +238,5 @@ def _config_of(model: str, run: Path | None, file: Path | None, changes: list[st
             raise ConfigError(f"{run} has a config of its own: leave --config out, and change keys with --set.")
         return on_each(lambda: load_config(run_folder(run) / "config.yaml", changes))
     raw: dict[str, Any] = on_each(lambda: read_yaml(file)) if file is not None else {"run_dir": "."}
-    raw["model"] = dict(raw.get("model") or {}) | {"path": model}
-    for change in changes:
-        apply_override(raw, change)
+    name_model(raw, model, changes)
     return on_each(lambda: build_config(raw, source=str(file) if file is not None else "the options"))

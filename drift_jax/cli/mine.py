@@ -84,7 +84,7 @@ def mine(
     from drift_jax.stages.mine import LABELLED, MineJob, mine_stage
 
     leave_accelerator()
-    settings = {"kind": detector, "rules": rules, "requests_per_minute": requests_per_minute}
+    settings = {"kind": detector, "rules": rules or None, "requests_per_minute": requests_per_minute}
     settings |= _judge_settings(judge_config, judge_url, judge_model)
     config = _load_config(config_path, settings, mask_pii, changes)
     if log_format in LABELLED and config.detector:
@@ -120,7 +120,8 @@ def _load_config(
 ) -> MiningConfig:
     from drift_jax.data.mining.config import load_mining_config
 
-    more = [f"detector.{key}={json.dumps(value, default=str)}" for key, value in settings.items() if value]
+    # A 0 is an answer, which the validation refuses where it is none.
+    more = [f"detector.{key}={json.dumps(value, default=str)}" for key, value in settings.items() if value is not None]
     if mask_pii:
         more.append("hygiene.mask_pii=true")
     return load_mining_config(path, [*more, *(changes or [])])

@@ -9,6 +9,7 @@ import typer
 
 from drift_jax.cli.options import build_console
 from drift_jax.errors import ConfigError
+from drift_jax.reading import split_name
 
 
 def report(
@@ -34,7 +35,7 @@ def report(
     if out is None:
         if len(runs) > 1:
             raise ConfigError("several runs make one page: say where it goes with --out FILE.")
-        out = Path(runs[0].rpartition("=")[2]) / "report.html"
+        out = split_name(runs[0])[1] / "report.html"
     console = build_console()
 
     def tell(line: str) -> None:

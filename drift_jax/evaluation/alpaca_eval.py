@@ -116,6 +116,16 @@ def build_outputs(prompts: Sequence[Mapping[str, Any]], outputs: Sequence[str], 
     ]
 
 
+def model_of_outputs(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """What `generator` says, or the name of the file. Raises `DataError` for outputs of several models."""
+    found = sorted({str(row["generator"]) for row in rows if row.get("generator")})
+    if len(found) > 1:
+        raise DataError(
+            f"{path} holds outputs of several models: {', '.join(found[:20])}. Keep those of one in a file."
+        )
+    return found[0] if found else path.stem
+
+
 def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
     """Raises `DataError` unless every row has an instruction."""
     bad = [i for i, row in enumerate(rows, 1) if not isinstance(row.get("instruction"), str)]
@@ -305,10 +315,10 @@ def _plain(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [plain(row) for row in annotations]
 
 
-def build_report(rates: Mapping[str, Any], model: str, annotator: str) -> Report:
-    """Of `annotate`; `model` is the judge's."""
+def build_report(rates: Mapping[str, Any], model: str, judge: str, annotator: str) -> Report:
+    """Of what `annotate` gives. `model` is whose outputs these are, `judge` the model that compared them."""
     controlled = rates["length_controlled_winrate"]
-    columns = ["", "win rate, %", "length-controlled, %", "SE", "discrete, %", "rows", "length"]
+    columns = ["model", "win rate, %", "length-controlled, %", "SE", "discrete, %", "rows", "length"]
     cells = [
         with_interval(rates["win_rate"], rates["win_rate_interval"]),
         controlled if isinstance(controlled, str) else number(controlled),
@@ -317,8 +327,8 @@ def build_report(rates: Mapping[str, Any], model: str, annotator: str) -> Report
         str(rates["n_total"]),
         number(rates["avg_length"], "d"),
     ]
-    notes = [f"Judge: {model}, annotator {annotator} of alpaca-eval."]
+    notes = [f"Judge: {judge}, annotator {annotator} of alpaca-eval."]
     if rates["dropped"]:
         notes.append(f"{rates['dropped']} rows without a usable preference are left out.")
-    data = dict(rates) | {"judge": model, "annotator": annotator}
-    return Report("AlpacaEval 2", [Section("AlpacaEval 2", columns, [["model", *cells]])], notes, data)
+    data = {"model": model, **rates, "judge": judge, "annotator": annotator}
+    return Report(f"AlpacaEval 2: {model}", [Section("AlpacaEval 2", columns, [[model, *cells]])], notes, data)

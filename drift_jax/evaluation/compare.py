@@ -12,6 +12,7 @@ from drift_jax.evaluation.figures import Series
 from drift_jax.evaluation.report import Report, Section, with_interval
 from drift_jax.evaluation.results import Measure, iteration_of, read_results
 from drift_jax.files import atomic_writer
+from drift_jax.reading import split_name
 
 # What is shown unless metrics are named; the CSV has all of them.
 _LESS = ("tokens", "nats/token chosen")
@@ -25,16 +26,14 @@ def collect(given: Sequence[str]) -> tuple[list[Measure], list[str]]:
       ConfigError: two have the same name.
       DataError: one has no results.
     """
-    found, passed, names = list[Measure](), list[str](), dict[str, str]()
+    found, passed, names = list[Measure](), list[str](), dict[str, Path]()
     for source in given:
-        name, separator, path = source.partition("=")
-        if not separator:
-            name, path = "", source
-        name = name or Path(path).absolute().name
+        name, folder = split_name(source)
+        name = name or folder.absolute().name
         if name in names:
-            raise ConfigError(f"{path} and {names[name]} are both called {name}: name them, as in NAME={path}.")
-        names[name] = path
-        measures, files = read_results(name, Path(path))
+            raise ConfigError(f"{folder} and {names[name]} are both called {name}: name them, as in NAME={folder}.")
+        names[name] = folder
+        measures, files = read_results(name, folder)
         found += measures
         passed += files
     return found, passed

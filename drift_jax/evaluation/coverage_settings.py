@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from drift_jax.config import NonNegativeFloat, PositiveFloat, PositiveInt, apply_override, read_yaml
+from drift_jax.config import PositiveFloat, PositiveInt, Share, apply_override, read_yaml
 from drift_jax.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ class CoverageConfig:
     dimensions: PositiveInt = 64  # of TF-IDF's truncated SVD
     projection: Literal["umap", "svd"] = "umap"  # embeddings -> the map's axes; svd: the two largest components
     neighbors: Annotated[int, Field(ge=2)] = 15  # UMAP: of each point; more show coarser structure
-    min_dist: NonNegativeFloat = 0.1  # UMAP: how close points may come
+    min_dist: Share = 0.1  # UMAP: how close points may come; at most 1, its spread
     metric: Literal["cosine", "euclidean"] = "cosine"  # UMAP: between embeddings
     grid: Annotated[int, Field(ge=10, le=1000)] = 100  # cells along each axis of the map
     bandwidth: PositiveFloat | None = None  # of the kernel, in standard deviations of each axis; null: Scott's rule

@@ -80,10 +80,11 @@ def _id_of(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_outputs(path: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Outputs by prompt id, of rows with `output` (or `text`): one text, or a list of one.
+def read_outputs(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str], str | None]:
+    """Outputs by prompt id, of rows with `output` (or `text`): one text, or a list of one; and what is left out.
 
-    Rows belong to prompts by their id; where no row has one, by `instruction`, else by their place.
+    Rows belong to prompts by their id; where no row has one, by `instruction`, which is the last user turn of one
+    prompt alone; where no row has that either, by their place.
 
     Raises:
       DataError: a row has no output, or it cannot be told to which prompts rows belong.
@@ -92,28 +93,64 @@ def read_outputs(path: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
     texts, bad = list[str](), list[str]()
     for number, row in enumerate(rows, 1):
         text = next((row[key] for key in _OUTPUT_KEYS if key in row), None)
-        text = text[0] if isinstance(text, list) and text else text
+        text = text[0] if isinstance(text, list) and len(text) == 1 else text
         if not isinstance(text, str):
-            bad.append(f"  {path}, row {number}: {' or '.join(_OUTPUT_KEYS)} must be a text")
+            bad.append(f"  {path}, row {number}: {' or '.join(_OUTPUT_KEYS)} must be a text, or a list of one")
         texts.append(text if isinstance(text, str) else "")
     if bad:
         raise DataError(f"{len(bad)} of {len(rows)} outputs cannot be used:\n" + "\n".join(bad[:_SHOWN]))
-    ids = [_id_of(row) for row in rows]
-    if all(ids):
-        return _matched(path, [str(name) for name in ids], texts, {prompt.id: prompt.id for prompt in prompts})
-    if all(isinstance(row.get("instruction"), str) for row in rows):
-        names = {prompt.messages[-1].content: prompt.id for prompt in prompts}
-        return _matched(path, [row["instruction"] for row in rows], texts, names)
+    if (ids := _keys(path, [_id_of(row) or None for row in rows], "id")) is not None:
+        return _matched(path, "id", ids, texts, {prompt.id: [prompt.id] for prompt in prompts})
+    said = [row["instruction"] if isinstance(row.get("instruction"), str) else None for row in rows]
+    if (instructions := _keys(path, said, "instruction")) is not None:
+        names: dict[str, list[str]] = {}
+        for prompt in prompts:
+            names.setdefault(prompt.messages[-1].content, []).append(prompt.id)  # dialogues may end alike
+        return _matched(path, "instruction", instructions, texts, names)
     if len(rows) != len(prompts):
         raise DataError(
             f"{path} has {len(rows)} outputs without ids and there are {len(prompts)} prompts: give each row the id of "
             "its prompt, or as many rows as prompts, in their order."
         )
-    return {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}
+    return {prompt.id: text for prompt, text in zip(prompts, texts, strict=True)}, None
 
 
-def _matched(path: Path, keys: Sequence[str], texts: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
-    found = {names[key]: text for key, text in zip(keys, texts, strict=True) if key in names}
+def _keys(path: Path, keys: Sequence[str | None], what: str) -> list[str] | None:
+    """The keys, where all rows have one; None where none has. Raises `DataError` where only some have."""
+    found = [key for key in keys if key is not None]
+    if found and len(found) < len(keys):
+        without = [str(number) for number, key in enumerate(keys, 1) if key is None]
+        raise DataError(
+            f"{len(without)} of {len(keys)} rows of {path} have no {what}, and the others have one: row "
+            f"{', '.join(without[:_SHOWN])}. It cannot be told to which prompts they belong: give every row the id of "
+            "its prompt."
+        )
+    return found or None
+
+
+def _matched(
+    path: Path, what: str, keys: Sequence[str], texts: Sequence[str], names: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, str], str | None]:
+    """Args: `names` has ids of prompts by key; a key of several prompts is of use to none."""
+    found, line_of, problems = dict[str, str](), dict[str, int](), list[str]()
+    for number, (key, text) in enumerate(zip(keys, texts, strict=True), 1):
+        of = names.get(key, ())
+        if line_of.setdefault(key, number) != number:
+            problems.append(f"  {path}, row {number}: {what} {key!r:.80} is that of row {line_of[key]} too")
+        elif len(of) > 1:
+            problems.append(f"  {path}, row {number}: {what} {key!r:.80} ends {len(of)} prompts, such as {of[0]!r}")
+        elif of:
+            found[of[0]] = text
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(keys)} outputs cannot be used:\n"
+            + "\n".join(problems[:_SHOWN])
+            + "\nKeep one row for each prompt, such as those with sample 0, and give it the id of its prompt."
+        )
     if not found:
-        raise DataError(f"none of the {len(keys)} rows of {path} belongs to one of the {len(names)} prompts.")
-    return found
+        raise DataError(
+            f"none of the {len(keys)} rows of {path} belongs to one of the {sum(map(len, names.values()))} prompts by "
+            f"its {what}. Look whether they answer these prompts, and give each row the id of its prompt."
+        )
+    strange = len(keys) - len(found)
+    return found, f"{strange} of {len(keys)} rows of {path} belong to no prompt" if strange else None

@@ -13,6 +13,7 @@ from typing import Any
 from drift_jax.errors import ConfigError, DataError
 from drift_jax.evaluation.json_rows import read_value
 from drift_jax.evaluation.prompts import Prompt
+from drift_jax.reading import split_name
 
 _TEXT_KEYS = ("text", "output", "response", "completion", "chosen")
 _ID_KEYS = ("id", "session_id")
@@ -45,11 +46,9 @@ def name_sources(given: Sequence[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for source in given:
-        name, separator, path = source.partition("=")
-        if not separator:
-            name, path = "", source
-        file = _file_of(Path(path))
-        name = name or _name_of(Path(path))
+        name, path = split_name(source)
+        file = _file_of(path)
+        name = name or _name_of(path)
         if name in found:
             raise ConfigError(f"two methods are called {name}: name them, as in NAME={path}.")
         found[name] = file

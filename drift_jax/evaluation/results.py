@@ -197,7 +197,7 @@ def _wildbench(data: Mapping[str, Any]) -> Iterator[Measure]:
 
 
 def _alpaca_eval(data: Mapping[str, Any]) -> Iterator[Measure]:
-    model = data.get("model") or data.get("generator")
+    model = data.get("model")  # reports of before do not say it
     yield from _scaled(data["win_rate"], 1, data.get("win_rate_interval"), "AlpacaEval 2 win rate, %", model)
     controlled = data["length_controlled_winrate"]
     if isinstance(controlled, int | float):  # else a sentence on why there is none

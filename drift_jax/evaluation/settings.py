@@ -24,21 +24,37 @@ def build_evaluation_config(
     """Of `file` the engine, mesh, vLLM and judge are taken; how answers are drawn is `drawing`; `overrides` win.
 
     Raises:
-      ConfigError: a key is unknown or has an impossible value.
+      ConfigError: a key is unknown, has an impossible value, or is said by the command itself.
     """
-    raw = read_yaml(file) if file is not None else {}
-    given = dict(raw.get("sampling") or {})
-    kept = {key: value for key, value in given.items() if key not in (*drawing, *_WHAT_IS_DRAWN)}
-    raw = merge_configs({"judge": {"max_tokens": _VERDICT_TOKENS}}, raw)
-    raw["sampling"] = kept | dict(drawing)
+    raw = merge_configs({"judge": {"max_tokens": _VERDICT_TOKENS}}, read_yaml(file) if file is not None else {})
+    given = {} if raw.get("sampling") is None else raw["sampling"]
+    if isinstance(given, dict):  # what is no section is left for the validation to name
+        kept = {key: value for key, value in given.items() if key not in (*drawing, *_WHAT_IS_DRAWN)}
+        raw["sampling"] = kept | dict(drawing)
+    raw["run_dir"] = str(out_dir)
+    name_model(raw, model, overrides)
+    if raw["run_dir"] != str(out_dir):
+        raise ConfigError(f"--set run_dir: results go to {out_dir}, as --out says. Leave run_dir out.")
+    return build_config(raw, source=str(file) if file is not None else "the options")
+
+
+def name_model(raw: dict[str, Any], model: str, overrides: Sequence[str]) -> None:
+    """Makes `model` the one of a config's plain values, and applies `overrides` to them.
+
+    A revision that stands there is one of the config's own model, one of the overrides is one of `model`.
+
+    Raises:
+      ConfigError: an override is of another form, or names another model.
+    """
+    section = {} if raw.get("model") is None else raw["model"]
+    if isinstance(section, dict):
+        others = () if section.get("path") == model else ("revision",)
+        raw["model"] = {key: value for key, value in section.items() if key not in others} | {"path": model}
     for override in overrides:
         apply_override(raw, override)
-    raw["run_dir"] = str(out_dir)
-    section = dict(raw.get("model") or {})
-    if section.get("path") != model:
-        section.pop("revision", None)  # is one of the config's own model
-    raw["model"] = section | {"path": model}
-    return build_config(raw, source=str(file) if file is not None else "the options")
+    section = raw["model"]
+    if isinstance(section, dict) and section.setdefault("path", model) != model:
+        raise ConfigError(f"--set model.path: the model is {model}, as the command names it. Leave model.path out.")
 
 
 def fit_to_model(config: RunConfig, longest: int | None) -> tuple[RunConfig, str | None]:

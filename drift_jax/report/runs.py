@@ -13,7 +13,7 @@ from drift_jax.errors import ConfigError, DataError
 from drift_jax.evaluation.results import Evaluation, iteration_of
 from drift_jax.journal import read_rows
 from drift_jax.manifest import MANIFEST_FILE, Manifest
-from drift_jax.reading import check_form, read_json, read_text
+from drift_jax.reading import check_form, read_json, read_text, split_name
 from drift_jax.report import forms
 from drift_jax.telemetry import METRICS_FILE, read_metrics
 from drift_jax.yaml_files import read_yaml
@@ -90,9 +90,8 @@ def load_runs(given: Sequence[str]) -> list[Run]:
     """
     runs: dict[str, Run] = {}
     for source in given:
-        name, separator, path = source.partition("=")
-        folder = Path(path if separator else source)
-        name = (separator and name) or folder.absolute().name
+        name, folder = split_name(source)
+        name = name or folder.absolute().name
         if name in runs:
             raise ConfigError(
                 f"{folder} and {runs[name].folder} are both called {name}: name them, as in NAME={folder}."

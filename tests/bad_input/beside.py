@@ -88,7 +88,7 @@ def _sampled(work: Path) -> None:
         manifest.enter("sample", keys, inputs)
         ids = tuple(tokenizer.encode_text("A better reply."))
         drawn = [Completion(f"d{i}", 0, ids, "length", (-1.0,) * len(ids)) for i in range(8)]
-        job = sampling_job(config, inputs)
+        job = sampling_job(config, inputs, model)
         write_jsonl(out / "completions.jsonl", [completion_row(one, tokenizer, False, job) for one in drawn])
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from drift_jax.errors import DriftError
-from drift_jax.evaluation.alpaca_eval import LC_MISSING, read_annotator
+from drift_jax.evaluation import alpaca_eval
+from drift_jax.evaluation.alpaca_eval import LC_MISSING, read_annotator, win_rates
 from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.http_servers import Answer, serve
 
@@ -65,6 +66,7 @@ def test_the_package_annotates_and_scores(tmp_path: Path, drift: Drift, monkeypa
         assert len(values) == 12 and values[11] == 1.5 and first == 11
         assert {round(value, 6) for value in values[:11]} == {1.25, 1.75}
         assert report["win_rate"] == pytest.approx(100 * (sum(values) / 12 - 1))
+        assert (report["model"], report["judge"]) == ("ours", "my-instruct")
         assert report["length_controlled_winrate"] == LC_MISSING and LC_MISSING.split(":")[0] in out.replace("\n", " ")
         # Run again: everything is annotated already.
         assert drift("evaluate", "alpaca-eval", ours, *words)[0] == 0 and len(small.seen) == first
@@ -113,6 +115,27 @@ def test_outputs_that_are_there_are_not_annotated_unasked(tmp_path: Path, drift:
     code, out, err = drift("evaluate", "alpaca-eval", ours, "--reference-outputs", base, "--out", tmp_path / "out")
     assert code == 0, err
     assert "--annotate compares them" in out
+
+
+def test_the_report_says_whose_outputs_these_are(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alpaca_eval, "check_package", lambda: None)
+    monkeypatch.setattr(alpaca_eval, "annotate", lambda *_: win_rates([{"preference": 1.5}]))
+    ours = write_outputs(tmp_path / "ours.json", "run-iter_2", ["a", "b"])
+    words = ["--annotate", "--reference-outputs", ours, "--set", "judge.base_url=http://127.0.0.1:9/v1"]
+    words += ["--set", "judge.model=j", "--out", tmp_path / "out"]
+
+    def model_of(*more: object) -> str:
+        code, _, err = drift("evaluate", "alpaca-eval", ours, *words, *more)
+        assert code == 0, err
+        return json.loads((tmp_path / "out/report.json").read_text())["model"]
+
+    assert (model_of(), model_of("--name", "mine")) == ("run-iter_2", "mine")
+    rows = json.loads(ours.read_text())
+    ours.write_text(json.dumps([row | {"generator": None} for row in rows]))
+    assert model_of() == "ours"  # the name of the file
+    ours.write_text(json.dumps([row | {"generator": f"m{i}"} for i, row in enumerate(rows)]))
+    code, _, err = drift("evaluate", "alpaca-eval", ours, *words)
+    assert code == 2 and "holds outputs of several models: m0, m1. Keep those of one" in " ".join(err.split())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is not None, reason="the package is there")

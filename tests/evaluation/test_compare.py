@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from drift_jax.errors import ConfigError, DataError
+from drift_jax.evaluation.alpaca_eval import build_report, win_rates
 from drift_jax.evaluation.compare import build_series, choose_metrics, collect
 from drift_jax.evaluation.preference_report import build_preference_report
 from drift_jax.evaluation.report import write_report
@@ -73,13 +74,6 @@ def test_an_eval_json_of_before_has_no_interval(run: Path) -> None:
             (36.0, 44.0),
         ),
         (
-            {"annotator": "a", "model": "m-iter_3", "win_rate": 12.0, "win_rate_interval": [10, 14]}
-            | {"length_controlled_winrate": "not computed: needs df_gamed.csv"},
-            "AlpacaEval 2 win rate, %",
-            12.0,
-            (10.0, 14.0),
-        ),
-        (
             {"benchmark": "coverage"} | {"methods": {"m-iter_3": {"coverage": 0.5, "coverage_interval": [0.25, 0.75]}}},
             "coverage of the high-reward region, %",
             50.0,
@@ -94,6 +88,18 @@ def test_reports_of_the_benchmarks(
     (found,) = read_results("m", tmp_path)[0]
     assert (found.method, found.iteration, found.metric) == ("m", 3, metric)
     assert found.value == pytest.approx(value) and found.interval == pytest.approx(ends)
+
+
+def test_reports_of_alpaca_eval_say_their_model(tmp_path: Path) -> None:
+    """As they are written: two iterations of a run stay two, and a number is at its own."""
+    for k, preference in ((1, 1.25), (2, 1.75)):
+        rates = win_rates([{"preference": preference}] * 20)
+        write_report(build_report(rates, f"drift-iter_{k}", "judge-1", "a"), tmp_path / f"evaluation/{k}")
+    measures, passed = read_results("drift", tmp_path)
+    assert passed == [] and {m.metric for m in measures} == {"AlpacaEval 2 win rate, %"}
+    assert {m.stage: m.value for m in measures} == {"iter_1": 25, "iter_2": 75}
+    (text,) = [path.read_text() for path in tmp_path.glob("evaluation/2/report.md")]
+    assert "# AlpacaEval 2: drift-iter_2\n" in text and "| drift-iter_2 | 75.00" in text and "Judge: judge-1," in text
 
 
 def test_table_plot_and_page(drift: Drift, run: Path, tmp_path: Path) -> None:

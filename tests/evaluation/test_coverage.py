@@ -184,6 +184,7 @@ def test_embedder_and_scorer_may_be_the_users(drift: Drift, tmp_path: Path) -> N
     [
         (["--set", "rewrad=x"], "rewrad: .*The keys are reward, reward_scale"),
         (["--set", "region_area=1.5"], "region_area: .*less than or equal to 1"),
+        (["--set", "min_dist=5"], "min_dist: .*less than or equal to 1, found 5"),
         (["--set", "reward=column:score"], "80 of 80 replies have no reward by column:score.*score of the row must be"),
         (["--set", "reward=nowhere:f"], "nowhere.*Modules are looked for in"),
         (["--set", "reward=implicit"], "--policy and --reference belong to"),

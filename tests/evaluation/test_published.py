@@ -257,6 +257,38 @@ def test_files_of_no_use_are_refused(drift: Drift, tmp_path: Path, content: str,
     assert code == 2 and message in " ".join(err.split())
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "named"),
+    [
+        ("wildbench", ["--against", "b.json", "--out", "out", "--set", "judge.model=x"], "--against, --set, --out"),
+        ("wildbench", ["--wildbench", "w", "--pair-judge", "j"], "--wildbench, --pair-judge"),
+        ("wildbench", ["--json-schema", "--name", "n", "--cache", "c"], "--json-schema, --name, --cache"),
+        ("wildbench", ["model", "--config", "c.yaml"], "MODEL, --config"),
+        ("alpaca-eval", ["--annotate", "--df-gamed", "g.csv"], "--annotate, --df-gamed"),
+        ("alpaca-eval", ["model", "--reference-outputs", "r"], "MODEL, --reference-outputs"),
+        ("alpaca-eval", ["--annotator", "a", "--name", "n"], "--annotator, --name"),
+        ("alpaca-eval", ["--config", "c", "--set", "seed=1", "--out", "out"], "--config, --set, --out"),
+    ],
+)
+def test_rows_take_no_option_that_they_would_ignore(
+    drift: Drift, tmp_path: Path, command: str, words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(json.dumps([score(3) | annotation(1.5)]))
+    assert drift("evaluate", command, "--rows", "rows.json")[0] == 0
+    code, out, err = drift("evaluate", command, "--rows", "rows.json", *words)
+    said = " ".join(err.split())
+    assert code == 2 and f"has no use for {named}. Leave them out, or --rows." in said and out == "", said
+    assert not Path("out").exists()
+
+
+def test_rows_have_one_reference(drift: Drift, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([pair("m", 2, "good", "bad")]))
+    words = ["--rows", tmp_path / "rows.json", "--reference", "r", "--reference", "other"]
+    code, _, err = drift("evaluate", "wildbench", *words)
+    assert code == 2 and "--rows takes one --reference" in err
+
+
 def test_upstream_files_of_pairs(drift: Drift, tmp_path: Path) -> None:
     rows = [pair("m", 2, "good", "bad"), pair("r", 1, "bad", "good")]
     path = tmp_path / "rows.json"

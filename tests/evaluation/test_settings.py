@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drift_jax.cli.evaluate import _label
+from drift_jax.cli.evaluate_policy import _config_of
 from drift_jax.errors import ConfigError
 from drift_jax.evaluation.settings import WILDBENCH, build_evaluation_config, fit_to_model
+from tests.cli_runs import Drift, drift, write_yaml  # noqa: F401
 
 
 def write(path: Path) -> Path:
@@ -51,3 +54,54 @@ def test_prompts_and_answers_fit_the_model(tmp_path: Path) -> None:
     fitted, note = fit_to_model(config, 2048)
     assert (fitted.sampling.max_new_tokens, fitted.sampling.max_input_length) == (1024, 1024)
     assert note is not None and "made for 2048 tokens" in note
+
+
+def test_a_revision_of_the_command_line_is_one_of_the_model_it_names(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml")
+    for model in ("org/other", "org/trained"):
+        for given in (file, None):
+            changed = build_evaluation_config(model, tmp_path, WILDBENCH, given, ["model.revision=abc123"])
+            assert (changed.model.path, changed.model.revision) == (model, "abc123")
+    with pytest.raises(ConfigError, match=r"--set model.path: the model is m, .* Leave model.path out"):
+        build_evaluation_config("m", tmp_path, WILDBENCH, None, ["model.path=n"])
+    with pytest.raises(ConfigError, match=r"--set run_dir: results go to .* Leave run_dir out"):
+        build_evaluation_config("m", tmp_path, WILDBENCH, None, ["run_dir=elsewhere"])
+
+
+COMMANDS = ("wildbench", "alpaca-eval", "win-rate", "preference")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("raw", "words", "says"),
+    [
+        ({"model": "Qwen/X"}, [], "{file}: model: Input should be an object, found 'Qwen/X'."),
+        ({"sampling": 3}, [], "{file}: sampling: Input should be an object, found 3."),
+        ({}, ["--set", "model=foo"], "{file}: model: Input should be an object, found 'foo'."),
+        ({"model": "Qwen/X"}, ["--set", "model.revision=a"], "--set model.revision: 'model' is not a section"),
+    ],
+)
+def test_what_is_no_section_is_said(
+    command: str, raw: dict[str, object], words: list[str], says: str, tmp_path: Path, drift: Drift
+) -> None:
+    file = write_yaml(tmp_path / "run.yaml", {"run_dir": "x"} | raw)
+    own = {"win-rate": ["m", "--prompts", "p.jsonl"], "preference": ["--pairs", "p.jsonl", "--reference", "r"]}
+    more = [*own.get(command, []), "--config", file, *words, "--out", tmp_path / "out"]
+    code, _, err = drift("evaluate", command, "m", *more)
+    assert code == 2 and says.format(file=file) in " ".join(err.split()), err
+
+
+def test_a_revision_of_another_model_is_none_of_the_one_that_is_scored(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml")
+    assert _config_of("org/trained", None, file, []).model.revision == "main"
+    assert _config_of("org/other", None, file, []).model.revision is None
+    assert _config_of("org/other", None, file, ["model.revision=abc123"]).model.revision == "abc123"
+
+
+def test_a_stage_keeps_its_name_where_it_is_named_from_within_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run/iter_2/hf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert [_label(given) for given in ("iter_2/hf", str(tmp_path / "run/iter_2/hf"))] == ["run-iter_2"] * 2
+    assert _label("org/model") == "model"

@@ -117,6 +117,7 @@ def test_outputs_of_a_file_against_references(tmp_path: Path, drift: Drift) -> N
         pairs = [body for _, body in small.seen if "Which?" in body["messages"][0]["content"]]
     assert len(pairs) == 2 * 14
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["model"] == "org/ours"
     assert report["without_output"] == 1 and report["score"]["empty"] == 1
     row = report["rewards"]["other"]
     # Empty: out of the counts, in the denominator. 30 characters: equal. Who is A and who is B changes what the judge
