@@ -8,7 +8,8 @@ prompts that no row has as its complaint, each once a group: `follow_ups` come a
 `first_turns` open a dialogue, where it does not.
 
 The rules were written while looking at the half `develop`; `held_out` was only scored. A group is in one half, by its
-hash. `--show` prints what was missed and what fired on ordinary turns, of `develop` only.
+hash. `--show` prints what was missed and what fired on ordinary turns, of `develop` only. Without FILE those 198 are
+looked for beside the repository, which does not hold them.
 
 Caveats. The complaints were themselves chosen by reading and by pattern, most of them from people who programmed:
 recall on other logs may be lower. Nobody labelled the ordinary turns, and there are few. Precision here is that of a
@@ -31,10 +32,12 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from drift_jax.data.mining.complaint_rules import RuleSet, load_rules
+from drift_jax.errors import DataError, DriftError
 from drift_jax.records import read_dsat
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dsat_real.jsonl"
 HALVES = ("develop", "held_out")
+NEEDED = "Give a JSONL file of DSAT records with `group` and `signal` as FILE."
 SHARE = 0.1196  # of WildFeedback's user turns, see the README
 
 
@@ -45,7 +48,12 @@ class UserTurn(NamedTuple):
 
 
 def load_turns(path: Path) -> list[UserTurn]:
+    """Complaints and ordinary turns. Raises `DataError` as `read_dsat`, and where the file cannot tell them apart."""
     records = read_dsat(path).records
+    for record in records:
+        missing = [key for key in ("group", "signal") if not isinstance(record.extra.get(key), str)]
+        if missing:
+            raise DataError(f"{path}: row {record.id!r} has no text in {' and '.join(missing)}. {NEEDED}")
     chosen = {(r.extra["group"], r.user_preference.strip()) for r in records}
     turns: list[UserTurn] = []
     seen: set[tuple[str, str]] = set()
@@ -61,6 +69,12 @@ def load_turns(path: Path) -> list[UserTurn]:
             if key not in chosen and key not in seen:
                 seen.add(key)
                 turns.append(UserTurn(half, "follow_up" if place else "first_turn", text))
+    for half in HALVES:
+        kinds = {turn.kind for turn in turns if turn.half == half}
+        if "follow_up" not in kinds or not kinds & {"explicit", "refinement"}:
+            raise DataError(
+                f"{path}: half {half} lacks complaints, or ordinary turns after a reply. Give records of more groups."
+            )
     return turns
 
 
@@ -124,20 +138,27 @@ def show(turns: Iterable[UserTurn], rules: Sequence[RuleSet]) -> None:
             print(f"{turn.kind}: {turn.text[:200]!r} {labels or ''}", file=sys.stderr)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, nargs="?", default=DATA)
     parser.add_argument("--rules", action="append", help="ours by name, or a file; may be given several times")
     parser.add_argument("--show", action="store_true", help="what went wrong in the half that rules are written with")
     args = parser.parse_args()
-    rules = [load_rules(name) for name in args.rules or ["en_v1"]]
-    turns = load_turns(args.file)
+    try:
+        rules = [load_rules(name) for name in args.rules or ["en_v1"]]
+        if not args.file.is_file():
+            raise DataError(f"{args.file} is not there. {NEEDED}")
+        turns = load_turns(args.file)
+    except DriftError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
     if args.show:
         show(turns, rules)
     by_half = {half: measure([turn for turn in turns if turn.half == half], rules) for half in HALVES}
     report = {"rules": {f"{r.name}-v{r.version}": r.hash for r in rules}, **by_half, "all": measure(turns, rules)}
     print(json.dumps(report, indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

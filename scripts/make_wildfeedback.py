@@ -1,6 +1,6 @@
 """Writes a file shaped like WildFeedback's annotated utterances, of any size, from the conversations of a DSAT file.
 
-    python scripts/make_wildfeedback.py --source ../shared/data/dsat_real.jsonl --out wf.jsonl --mb 1600
+    python scripts/make_wildfeedback.py --out wf.jsonl --mb 1600 [--source dsat.jsonl]
 
 One row an utterance, in the published column names, spelling included. Conversations are strung together from those
 of the source, with their sentences shuffled and a tenth of the words exchanged, so that they differ from each other.
@@ -8,6 +8,9 @@ Labels come as often as in the published data (12 % of the conversations DSAT, 5
 do quirks: missing booleans, both labels, a complaint as first row, a missing agent row, `Preceeding` that is not YES,
 empty content; one conversation in a hundred is a copy of another one. The same seed writes the same bytes. With
 --format sharegpt or wildchat conversations of those shapes are written, as many as --conversations says.
+
+Without --source the 198 real conversations beside the repository are taken, and where they are not, the 64 of its own
+sample; other conversations make other bytes. Which they were is said on standard error.
 """
 
 from __future__ import annotations
@@ -21,14 +24,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
 from drift_jax.files import atomic_writer
 
+REPO = Path(__file__).resolve().parent.parent
+REAL, SAMPLE = REPO.parent / "shared" / "data" / "dsat_real.jsonl", REPO / "data" / "sample" / "dsat.jsonl"
 Turns = list[tuple[str, str]]  # role and content
 COMPLAINTS = ("That is not what I asked for.", "This is wrong.", "You did not answer my question.", "No, try again.")
 
 
 def main() -> int:
     args = parse_args()
+    print(f"source: {args.source}", file=sys.stderr)
     dialogues = load_dialogues(args.source)
     write = {"wildfeedback": utterance_rows, "sharegpt": sharegpt_rows, "wildchat": wildchat_rows}[args.format]
     written = 0
@@ -45,9 +53,8 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", type=Path, default=Path("../shared/data/dsat_real.jsonl"), help="JSONL of DSAT rows"
-    )
+    default = REAL if REAL.is_file() else SAMPLE
+    parser.add_argument("--source", type=Path, default=default, help="JSONL of DSAT rows")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mb", type=float, help="stop after so many megabytes")
     parser.add_argument("--conversations", type=int, help="stop after so many conversations")
@@ -57,6 +64,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.mb is None and args.conversations is None:
         parser.error("give --mb, --conversations or both: it would write without end")
+    if not args.source.is_file():
+        parser.error(f"{args.source} is not there: give a JSONL file of DSAT rows with --source")
     return args
 
 

@@ -152,9 +152,9 @@ def _print_summary(stats: dict[str, Any], out: Path, console: Console) -> None:
             console.print(Text(f"  {stage}: {reason}: {count:,}"), soft_wrap=True)
     for note in stats["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)
-    console.print(
-        Text(f"Look at {out / 'mined.html'}; use it with data.dsat: {out / 'dsat.jsonl'}, data.test_rows: ").append(
-            str(stats["test_rows"])
-        ),
-        soft_wrap=True,
-    )
+    uses = [
+        f"data.{name}: {out / file}, data.test_rows: {stats['files'][file]['test_rows']}"
+        for name, file in (("dsat", "dsat.jsonl"), ("sat", "sat.jsonl"))
+        if name == "dsat" or stats["files"][file]["rows"]
+    ]
+    console.print(Text(f"Look at {out / 'mined.html'}; use it with {' or '.join(uses)}"), soft_wrap=True)

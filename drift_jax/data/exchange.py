@@ -43,10 +43,10 @@ class Converted:
 def convert_pairs(source: Path, out: Path, form: Form, on_bad_row: OnBadRow = "error") -> dict[str, Converted]:
     """Writes the pairs of a folder, a dataset on disk or one JSONL file in another form.
 
-    A single file is split `train`.
+    A single file is split `train`. No file with pairs is replaced or removed, be it of the source or of another call.
 
     Raises:
-      DataError: there are no pairs, or rows break the format; lists them.
+      DataError: there are no pairs, rows break the format (lists them), or `out` holds pairs under a name of this form.
       StageError: `out` is there already and is no folder of this form, or cannot be written.
     """
     read = {split: _read_split(source, split, on_bad_row) for split in _SPLITS}
@@ -57,6 +57,8 @@ def convert_pairs(source: Path, out: Path, form: Form, on_bad_row: OnBadRow = "e
         out.exists() and (not out.is_dir() or (form == "disk" and any(out.iterdir())))
     ):
         raise StageError(f"{out} is there already. Give another directory, or remove it.")
+    if form != "disk":
+        _refuse_pairs_in(out, form, source)
     out.mkdir(parents=True, exist_ok=True)
     if form == "disk":
         tables = datasets.DatasetDict()
@@ -66,12 +68,18 @@ def convert_pairs(source: Path, out: Path, form: Form, on_bad_row: OnBadRow = "e
         tables.save_to_disk(str(out))
         return {split: Converted(len(pairs), skipped) for split, (pairs, skipped) in read.items()}
     for split, (pairs, _) in read.items():
-        path = out / _NAMES[form].format(split)
         if pairs:
-            write_jsonl(path, map(pair_to_row, pairs))
-        else:
-            path.unlink(missing_ok=True)
+            write_jsonl(out / _NAMES[form].format(split), map(pair_to_row, pairs))
     return {split: Converted(len(pairs), skipped) for split, (pairs, skipped) in read.items()}
+
+
+def _refuse_pairs_in(out: Path, form: Form, source: Path) -> None:
+    """Of any split: beside one that is written, that of other pairs would pass for its test or its training side."""
+    for path in (out / _NAMES[form].format(split) for split in _SPLITS):
+        if path.exists() and path.samefile(source):
+            raise DataError(f"{path} is the source, and --out is its folder. Give another directory.")
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            raise DataError(f"{path} is there already and is not replaced. Give another directory, or remove the file.")
 
 
 def _read_split(source: Path, split: str, on_bad_row: OnBadRow) -> tuple[tuple[Pair, ...], tuple[tuple[int, str], ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from drift_jax.config import RunConfig
+from drift_jax.data.chat_template import Thinking
 from drift_jax.data.tokenizer import ChatTokenizer, check_vocab, load_tokenizer
 from drift_jax.distributed import is_main, on_main
 from drift_jax.errors import ConfigError, DataError
@@ -59,7 +60,8 @@ def load_split(config: RunConfig, path: str) -> LoggedSplit:
     """Of records of the kind that the method takes.
 
     Raises:
-      DataError: holding out `data.test_rows` leaves nothing to train on.
+      DataError: holding out `data.test_rows` leaves nothing to train on, or rows that were held out when they were mined
+        among those to train on.
     """
     rows = LOGGED_READERS[method_of(config).records](path, config.data.on_bad_row)
     held_out = config.data.test_rows
@@ -68,13 +70,25 @@ def load_split(config: RunConfig, path: str) -> LoggedSplit:
             f"{path} has {len(rows.records)} usable rows and data.test_rows holds {held_out} of them out: "
             "nothing is left to train on. Lower data.test_rows or give more rows."
         )
+    mined = [i for i, record in enumerate(rows.records, 1) if _was_held_out(record.extra)]
+    if mined and mined[-1] > held_out:
+        raise DataError(
+            f"{path}: {len(mined)} rows were held out when they were mined (meta.split is test), and data.test_rows is "
+            f"{held_out}: the others would be trained on. Set data.test_rows to {mined[-1]}, or remove meta.split."
+        )
     train = rows.records[held_out:][: config.data.max_rows]
-    return LoggedSplit(rows.records[:held_out], train, len(rows.skipped))
+    return LoggedSplit(rows.records[:held_out], train, rows.left_out)
 
 
-def open_tokenizer(model_dir: Path) -> ChatTokenizer:
-    """The tokenizer of a model directory, checked against the model's vocabulary."""
-    tokenizer = load_tokenizer(model_dir)
+def _was_held_out(extra: Mapping[str, Any]) -> bool:
+    """By `drift mine`, so that no prompt of the test is in training in any file."""
+    meta = extra.get("meta")
+    return isinstance(meta, dict) and meta.get("split") == "test"
+
+
+def open_tokenizer(model_dir: Path, thinking: Thinking = "template") -> ChatTokenizer:
+    """The tokenizer of a model directory, checked against the model's vocabulary. `thinking`: `data.thinking`."""
+    tokenizer = load_tokenizer(model_dir, thinking)
     check_vocab(tokenizer, load_qwen_config(model_dir).vocab_size)
     return tokenizer
 

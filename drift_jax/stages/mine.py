@@ -277,7 +277,7 @@ class _Run:
             "found": self._found,
             "masked": _sorted(self._masked),
             "records": {kind: dict(counts) for kind, counts in tally.records.items()},
-            "test_rows": files["dsat.jsonl"]["test_rows"],
+            "test_rows": files["dsat.jsonl"]["test_rows"],  # not that of sat.jsonl: each file has its own in `files`
             "turns": {
                 kind: {str(turn): counts[turn] for turn in sorted(counts)} for kind, counts in tally.turns.items()
             },

@@ -146,3 +146,38 @@ def test_convert_refuses_what_it_cannot_use(drift: Drift, pairs: Path, tmp_path:
     options = ("--to", "handbook", "--out", tmp_path / "out", "--on-bad-row", "skip")
     code, out, err = drift("data", "convert", pairs, *options)
     assert code == 0 and "train: 5 pairs, 2 rows left out" in out and "row 7: not JSON" in out, err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_convert_keeps_its_source(drift: Drift, pairs: Path, tmp_path: Path, split: str) -> None:
+    """Given one file of a folder, it would write that folder's training pairs anew and take its test pairs away."""
+    folder = tmp_path / "handbook"
+    assert drift("data", "convert", pairs, "--to", "handbook", "--out", folder)[0] == 0
+    before = contents(folder)
+    code, _, err = drift("data", "convert", folder / f"{split}.jsonl", "--to", "handbook", "--out", folder)
+    assert code == 2 and "Give another directory" in err and contents(folder) == before
+    (tmp_path / "link.jsonl").symlink_to(folder / f"{split}.jsonl")
+    code, _, err = drift("data", "convert", tmp_path / "link.jsonl", "--to", "handbook", "--out", folder)
+    assert code == 2 and "Give another directory" in err and contents(folder) == before
+    code, _, err = drift("data", "convert", folder / f"{split}.jsonl", "--to", "drift", "--out", pairs)
+    assert code == 2 and "pairs.train.jsonl is there already and is not replaced" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("there", ["train", "test"])
+def test_convert_replaces_no_pairs(drift: Drift, tmp_path: Path, there: str) -> None:
+    """Nor does it leave them as the other split of its own; a file with nothing in it stops nobody."""
+    source = write_rows(tmp_path / "pairs.jsonl", [PAIR])
+    (tmp_path / "out").mkdir()
+    write_rows(tmp_path / f"out/pairs.{there}.jsonl", [PAIR | {"meta": {"id": "other"}}])
+    before = contents(tmp_path / "out")
+    code, _, err = drift("data", "convert", source, "--to", "drift", "--out", tmp_path / "out")
+    said = " ".join(err.split())
+    assert code == 2 and f"pairs.{there}.jsonl is there already" in said and "remove the file" in said
+    assert contents(tmp_path / "out") == before
+    write_rows(tmp_path / f"out/pairs.{there}.jsonl", [])
+    assert drift("data", "convert", source, "--to", "drift", "--out", tmp_path / "out")[0] == 0
+    assert read_file(tmp_path / "out/pairs.train.jsonl") == [PAIR]

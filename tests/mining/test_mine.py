@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html.parser
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from drift_jax.config import build_config
 from drift_jax.data.mining import text_rows
 from drift_jax.data.mining.config import MiningConfig, SplitRules
 from drift_jax.data.mining.sources import find_sources
+from drift_jax.errors import DataError
 from drift_jax.records import read_dsat, read_pairs, read_sat
 from drift_jax.stages.inputs import load_split
 from drift_jax.stages.mine import MineJob, mine_stage
@@ -237,6 +239,39 @@ def test_the_data_card(drift: Drift, labelled: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in card + json.dumps(stats) + (tmp_path / "out/mined.html").read_text()
 
 
+def test_the_card_gives_each_file_its_own_number(drift: Drift, labelled: Path, tmp_path: Path) -> None:
+    """What is held out of one file is in training where the number of the other one, a smaller one, is taken."""
+    rows = [row for i in range(60) for row in conversation(i)]
+    happy = [[*conversation(i)[:2], user(2, f"thanks {i}", sat=True)] for i in range(100, 140)]
+    path = write_rows(labelled, [*rows, *(row for one in happy for row in one)])
+    stats = mine(drift, path, "--out", tmp_path / "out", "--set", "split.test_share=0.2")
+    card = (tmp_path / "out/README.md").read_text()
+    given = {
+        name: int(re.search(rf"`data\.{name}: {name}\.jsonl` .*`data\.test_rows: (\d+)`", card)[1])
+        for name in ("dsat", "sat")
+    }
+    assert given["sat"] > given["dsat"] == stats["test_rows"]
+    for name, method in (("dsat", "drift"), ("sat", "spin")):
+        raw = {"run_dir": "r", "model": {"path": "m"}, "recipe": {"method": method}}
+        split = load_split(
+            build_config(raw | {"data": {"test_rows": given[name]}}), str(tmp_path / f"out/{name}.jsonl")
+        )
+        assert {record.extra["meta"]["split"] for record in split.train} == {"train"}
+        assert {record.extra["meta"]["split"] for record in split.test} == {"test"}
+    raw = {"run_dir": "r", "model": {"path": "m"}, "recipe": {"method": "spin"}, "data": {"test_rows": given["dsat"]}}
+    with pytest.raises(DataError, match=rf"would be trained on. Set data.test_rows to {given['sat']}, or remove"):
+        load_split(build_config(raw), str(tmp_path / "out/sat.jsonl"))
+
+
+def test_the_card_of_logs_without_labels_speaks_of_no_sat_records(
+    drift: Drift, tmp_path: Path, stub_detector: None
+) -> None:
+    path = write_rows(tmp_path / "wc.jsonl", [wildchat(i) for i in range(3)])
+    mine(drift, path, "--out", tmp_path / "out", "--set", "hygiene.max_similarity=1.0", log_format="wildchat")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "`data.dsat: dsat.jsonl`" in card and "`data.sat: sat.jsonl`" not in card
+
+
 def test_masking_is_for_all_files(drift: Drift, tmp_path: Path, stub_detector: None) -> None:
     secret = "jane@example.org"
     rows = conversation(1)
@@ -295,6 +330,26 @@ def test_the_settings_of_a_judge_reach_the_detector(
     assert config.judge.concurrency == 3 and journal == tmp_path / "out/judge.jsonl"
     assert stats["notes"][-1].startswith("No DSAT record was found")
     assert stats["rules"]["detector"] == {"kind": "both", "rules": ["x", "y.yaml"], "judge": {"model": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--requests-per-minute", "0"], "requests_per_minute: Input should be greater than 0, found 0.0."),
+        (["--requests-per-minute", "-3"], "requests_per_minute: Input should be greater than 0, found -3.0."),
+        (["--judge-config", "{concurrency: 0}"], "judge.concurrency: Input should be greater than or equal to 1"),
+        (["--judge-config", "{max_tokens: 0}"], "judge.max_tokens: Input should be greater than or equal to 1"),
+        (["--judge-url", ""], "judge.base_url must say which"),
+    ],
+)
+def test_a_nought_is_not_taken_for_what_was_left_out(drift: Drift, tmp_path: Path, words: list[str], says: str) -> None:
+    (tmp_path / "judge.yaml").write_text(f"judge: {words[1]}\n")
+    path = write_rows(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    given = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", words[0]]
+    given.append(str(tmp_path / "judge.yaml") if words[0] == "--judge-config" else words[1])
+    more = ["--format", "messages", "--detector", "judge", *given, "--out", tmp_path / "out"]
+    code, _, err = drift("mine", path, *more)
+    assert code == 2 and says in " ".join(err.split()), err
 
 
 def test_an_empty_input(drift: Drift, tmp_path: Path) -> None:

@@ -71,10 +71,19 @@ Licence: {{ stats.license.id or 'not known; whoever passes these files on must f
 
 `dsat.jsonl` holds replies that a user was unhappy with (`prompt`, `rejected`, `user_preference`), `sat.jsonl` replies
 that a user was happy with (`prompt`, `chosen`, `user_preference`), `seed.*.jsonl` pairs of a rejected reply and the one
-after the complaint. The held-out rows of `dsat.jsonl` and `sat.jsonl` stand first: give their number as
-`data.test_rows` ({{ stats.test_rows }}). Conversations that begin with the same user message are on one side of the
-split, in all files.
+after the complaint. Conversations that begin with the same user message are on one side of the split, in all files.
+
+The held-out rows of `dsat.jsonl` and `sat.jsonl` stand first. A run reads one of the two: give `data.test_rows` the
+number of that file.
+
+* `data.dsat: dsat.jsonl` (all methods but `spin`): `data.test_rows: {{ stats.files['dsat.jsonl'].test_rows }}`
+{% if stats.files['sat.jsonl'].rows %}
+* `data.sat: sat.jsonl` (`recipe.method: spin`): `data.test_rows: {{ stats.files['sat.jsonl'].test_rows }}`
+{% endif %}
+
+With a smaller number, held-out rows are trained on; with a larger one, rows for training are held out.
 {% for note in stats.notes %}
+
 {{ note }}
 {% endfor %}
 
