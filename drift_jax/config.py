@@ -27,6 +27,7 @@ from drift_jax.yaml_files import on_one_line, parse_yaml, read_yaml
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
 _HOTTEST = 2.0  # of a vLLM server
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")  # MODULE:FUNCTION
 DType = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1, description="an integer of at least 1")]
@@ -72,6 +73,7 @@ class DataConfig:
     truncation: Literal[
         "keep_prompt_end", "trl<=0.11", "trl<=0.11 keep_start", "trl0.12", "trl0.12.0-0.12.2", "keep_start"
     ] = "keep_prompt_end"
+    thinking: Literal["off", "template"] = "off"  # of templates that know of thoughts before a reply (Qwen3)
     on_bad_row: Literal["error", "skip"] = "error"
 
 
@@ -339,7 +341,7 @@ def check_config(config: RunConfig) -> None:
         )
     if sampling.chooser == "judge" and not (config.judge.base_url and config.judge.model):
         problems.append("sampling.chooser is judge: name its server and model in judge.base_url and judge.model.")
-    problems += _method_problems(config)
+    problems += _method_problems(config) + _path_problems(config)
     needed = config.sampling.max_input_length + config.sampling.max_new_tokens
     if config.vllm.max_model_len is not None and config.vllm.max_model_len < needed:
         problems.append(
@@ -361,6 +363,18 @@ def check_config(config: RunConfig) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _path_problems(config: RunConfig) -> list[str]:
+    data = config.data
+    paths = {"run_dir": config.run_dir, "model.path": config.model.path, "data.dsat": data.dsat, "data.sat": data.sat}
+    paths |= {"data.seed_train": data.seed_train or "", "data.seed_test": data.seed_test or ""}
+    return [
+        f"{key}: {path!r} is an address, and files are read and written by path alone. Mount the bucket on every host "
+        "(gcsfuse for gs://, mountpoint-s3 for s3://) and give the mounted path."
+        for key, path in paths.items()
+        if _ADDRESS.match(path)
+    ]
 
 
 def _method_problems(config: RunConfig) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -49,7 +50,15 @@ def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[
 
 
 def check_checkpoint_place(directory: Path) -> None:
-    """Raises `StageError` for a directory whose path Orbax would take for a pattern: it finds no file there again."""
+    """Raises `StageError` for a directory whose path Orbax would take for a pattern: it finds no file there again.
+
+    So too for an address such as gs://bucket/run, which as a path is a directory `gs:` here.
+    """
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(directory)):
+        raise StageError(
+            f"checkpoints cannot be kept in {directory}: that is an address. Mount the bucket and give the mounted "
+            "path with --run-dir or --out."
+        )
     if set("*?[]") & set(str(directory.absolute())):
         raise StageError(
             f"checkpoints cannot be kept in {directory}: a path with one of * ? [ ] is a pattern to Orbax. Give "

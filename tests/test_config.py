@@ -37,7 +37,7 @@ run_dir
 model.path model.revision model.compute_dtype model.remat model.scan_layers model.attention model.pad_embedding
 preset
 data.dsat data.sat data.seed_train data.seed_test data.test_rows data.max_rows data.max_length data.max_prompt_length
-data.template data.eos data.truncation data.on_bad_row
+data.template data.eos data.truncation data.thinking data.on_bad_row
 recipe.method recipe.ranker recipe.iterations recipe.reference recipe.seed_epochs recipe.showcase_prompts
 sampling.engine sampling.style sampling.temperature sampling.top_p sampling.top_k sampling.n
 sampling.chooser sampling.longest_within sampling.on_cut sampling.max_similarity sampling.max_repetition
@@ -151,6 +151,9 @@ def test_a_key_of_several_types_is_named_in_one_line(section: str, key: str, val
         ),
         ({"mesh": {"data": -1, "fsdp": -1}}, ("mesh", "'data': -1", "'fsdp': -1", "at most one of them -1")),
         ({"mesh": {"tensor": 0}}, ("mesh", "'tensor': 0", "must be positive")),
+        ({"run_dir": "gs://bucket/run"}, ("run_dir: 'gs://bucket/run' is an address", "Mount the bucket")),
+        ({"data": {"dsat": "s3://bucket/dsat.jsonl"}}, ("data.dsat: 's3://bucket/dsat.jsonl' is an address",)),
+        ({"judge": {"base_url": "host:8000/v1"}}, ("judge.base_url: 'host:8000/v1' is no address of a server",)),
         ({"sampling": {"chooser": "logprob"}}, ("sampling.chooser (logprob)", "sampling.n (1)", "raise sampling.n")),
         ({"sampling": {"chooser": "judge", "n": 2}}, ("sampling.chooser is judge", "judge.base_url and judge.model")),
     ],

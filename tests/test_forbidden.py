@@ -66,7 +66,9 @@ def test_text_becomes_ids_in_one_place() -> None:
     """Sampler, showcase, evaluation and pairs have one guard against control tokens that are spelled out."""
     package = REPO / "drift_jax"
     found = [path for path in package.rglob("*.py") if tokenizers_in(path.read_text(encoding="utf-8"))]
-    assert [str(path.relative_to(package)) for path in found] == ["data/tokenizer.py"]
+    assert sorted(str(path.relative_to(package)) for path in found) == ["data/chat_template.py", "data/tokenizer.py"]
+    template = (package / "data" / "chat_template.py").read_text(encoding="utf-8")  # dialogues to text, no further
+    assert template.count("apply_chat_template(") == template.count("tokenize=False") == 1
     assert tokenizers_in("transformers.AutoTokenizer.from_pretrained(a)") and tokenizers_in("t.apply_chat_template(m)")
 
 

@@ -266,7 +266,11 @@ def test_a_judge_ranks_in_whatever_order_it_is_shown(folder: Path, tmp_path: Pat
         ("dpo", {}, r"recipe\.method must be one of drift, drift-unguided, iterdpo, spin, found 'dpo'"),
         ("iterdpo", {"recipe": {"ranker": "best one"}}, r"logprob, judge or MODULE:FUNCTION, found 'best one'"),
         ("iterdpo", {"recipe": {"ranker": "judge"}}, r"recipe\.ranker is judge: name its server"),
-        ("spin", {"sampling": {"n": 2, "chooser": "judge"}, "judge": {"base_url": "u", "model": "m"}}, "complaint"),
+        (
+            "spin",
+            {"sampling": {"n": 2, "chooser": "judge"}, "judge": {"base_url": "http://u", "model": "m"}},
+            "complaint",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(folder: Path, method: str, sections: dict[str, Any], message: str) -> None:
@@ -332,13 +336,13 @@ def test_a_stage_of_another_method_is_refused(folder: Path, tmp_path: Path) -> N
             enter(method)
     assert not enter("iterdpo", "other")
     with pytest.raises(StageError, match=r'recipe\.ranker: was "logprob", is now "judge"'):
-        enter("iterdpo", "other", recipe={"ranker": "judge"}, judge={"base_url": "u", "model": "m"})
+        enter("iterdpo", "other", recipe={"ranker": "judge"}, judge={"base_url": "http://u/v1", "model": "m"})
 
 
-def test_completions_of_before_are_still_those_of_drift(folder: Path) -> None:
+def test_completions_of_before_are_still_those_of_drift(folder: Path, tmp_path: Path) -> None:
     """The job of completions that were drawn before there were methods: `drift sample` goes on with them."""
-    inputs = {"dsat": "d", "policy": "p"}
-    jobs = {name: sampling_job(config_of(folder, name), inputs) for name in EXPECTED}
+    inputs, model = {"dsat": "d", "policy": "p"}, build_tiny_tokenizer(tmp_path / "model", vocab_size=512)
+    jobs = {name: sampling_job(config_of(folder, name), inputs, model) for name in EXPECTED}
     assert jobs["drift"] == "878aa34c26ca1f66412dffc587747e09da504d6490845fb88bc7cbcf83e8ed3e"
     assert len(set(jobs.values())) == 3 and jobs["spin"] == jobs["drift-unguided"]
 
@@ -358,7 +362,7 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
             records = records_path(config)
             _, inputs = sample_identity(config, Manifest(out), model, records)
             quiet = Console(file=io.StringIO())
-            sample_stage(config, model, str(records), out, quiet, sampling_job(config, inputs))
+            sample_stage(config, model, str(records), out, quiet, sampling_job(config, inputs, model))
             pair_stage(config, inputs["policy"], str(records), out, quiet)
             seen.setdefault(method, set()).add((out / "pairs.train.jsonl").read_bytes())
         (data,) = seen[method]

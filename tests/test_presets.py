@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drift_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, SamplingConfig, TrainConfig, build_config
 from drift_jax.data.batches import PairBatch, epoch_order
+from drift_jax.data.chat_template import THOUGHTS
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.prompts import PROMPT_STYLES
 from drift_jax.data.rules import END_RULES, TEMPLATES, TRUNCATIONS, build_rules
@@ -56,6 +57,7 @@ def test_every_choice_names_an_object_and_is_a_value_of_the_config() -> None:
         "data.template": (DataConfig, TEMPLATES),
         "data.eos": (DataConfig, END_RULES),
         "data.truncation": (DataConfig, TRUNCATIONS),
+        "data.thinking": (DataConfig, THOUGHTS),
         "train.nll_reduction": (TrainConfig, NLL_REDUCTIONS),
         "train.nll_tokens": (TrainConfig, NLL_TOKENS),
         "model.pad_embedding": (ModelConfig, PAD_EMBEDDINGS),

@@ -26,6 +26,7 @@ NEAR = "near the rejected"
 CUT = "cut by length"
 REPEATS = "repeats itself"
 SPEAKER = "speaks for another"
+THOUGHT = "unfinished thought"
 LANGUAGE = "other language"
 # The same, where the logged reply is the chosen one.
 _AGAINST_CHOSEN = {SAME: "same as chosen", NEAR: "near the chosen"}
@@ -227,6 +228,11 @@ def _is_foreign(candidate: Candidate, record: Record, sampling: SamplingConfig) 
     return sampling.same_language and speaks_another_language(candidate.text, record)
 
 
+def _only_thinks(candidate: Candidate, record: Record, sampling: SamplingConfig) -> bool:
+    """A thought that ran into the limit has no reply; the logged side of the pair has one, and no thought."""
+    return candidate.text.lstrip().startswith("<think>") and "</think>" not in candidate.text
+
+
 Rule = Callable[[Candidate, Record, SamplingConfig], bool]
 
 # In this order: a loop that ran into the limit counts as a loop, not as a cut.
@@ -236,6 +242,7 @@ RULES: Mapping[str, Rule] = {
     NEAR: _is_near,
     REPEATS: _repeats,
     SPEAKER: _speaks,
+    THOUGHT: _only_thinks,
     CUT: _is_cut,
     LANGUAGE: _is_foreign,
 }

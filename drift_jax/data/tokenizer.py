@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,20 +22,21 @@ from typing import Any, SupportsInt, final
 
 import jinja2
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from drift_jax.data.template_trial import find_excess
+from drift_jax.data.chat_template import (
+    PROBE,
+    Thinking,
+    build_renderer,
+    check_template,
+    knows_thoughts,
+    template_variables,
+)
 from drift_jax.data.tokenizer_files import find_chat_template, read_object, token_ids, token_text
 from drift_jax.errors import DataError, ModelError
 from drift_jax.reading import read_text
-from drift_jax.records import Message, messages_to_rows
+from drift_jax.records import Message
 
-_PROBE = (
-    Message("user", "  Grüße, 1234!\n\n"),
-    Message("assistant", "\n A reply:\n\n    code  \n"),
-    Message("user", "Again?"),
-)
 _LARGEST = 1 << 30  # bytes of a tokenizer.json; published ones have up to some tens of MB
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _PROBE_REPLY = "drift-probe-reply"
@@ -43,8 +44,11 @@ _PROBE_REPLY = "drift-probe-reply"
 _MOST_WRITTEN, _MOST_TIMES = 1_000_000, 20
 
 
-def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
+def load_tokenizer(model_dir: str | Path, thinking: Thinking = "template") -> ChatTokenizer:
     """Loads the tokenizer and chat template of a Hugging Face model directory.
+
+    Args:
+      thinking: what the template is told of thoughts before a reply, where it asks (`chat_template.py`).
 
     Raises:
       ModelError: a file is missing or broken, there is no chat template, or the tokenizer is of a kind whose
@@ -63,7 +67,7 @@ def load_tokenizer(model_dir: str | Path) -> ChatTokenizer:
         eos = [*token_ids(generation, "eos_token_id"), *token_ids(model, "eos_token_id"), *of_token["eos_token"]]
         pad = [*of_token["pad_token"], *token_ids(generation, "pad_token_id"), *token_ids(model, "pad_token_id")]
         try:
-            return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"])
+            return ChatTokenizer(backend, template, special, eos, pad, of_token["eos_token"], thinking)
         except (ModelError, DataError) as error:  # the probe dialogue is one
             raise ModelError(f"{directory}: {error}") from None
 
@@ -113,10 +117,12 @@ class ChatTokenizer:
         eos_ids: Sequence[int],
         pad_ids: Sequence[int],
         eos_token_ids: Sequence[int],
+        thinking: Thinking = "template",
     ) -> None:
         self._backend = backend
-        _check_template(template, special)
-        self._render = _renderer(template, special)
+        variables = template_variables(template, special, thinking)
+        check_template(template, variables)
+        self._render = build_renderer(template, variables)
         self._template_chars = frozenset(template)
         self._control = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
         source = backend.to_str()
@@ -131,7 +137,9 @@ class ChatTokenizer:
         self._literals = "\0".join(literals)
         self._characters = sorted(set(self._literals) - {"\0"})
 
-        parts = [source, template, special, *map(list, (eos_ids, pad_ids, eos_token_ids))]
+        parts: list[Any] = [source, template, special, *map(list, (eos_ids, pad_ids, eos_token_ids))]
+        if thinking != "template" and knows_thoughts(template):
+            parts.append(thinking)
         self.content_hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         self.control_ids = frozenset(self._control.values())
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -280,8 +288,8 @@ class ChatTokenizer:
     def _check_against_backend(self) -> None:
         # Holds for added tokens and pre-tokenizers that treat each stretch of text on its own. The exceptions
         # (lstrip, rstrip, a prefix space for the first word only) would give other ids than transformers.
-        ours = self.encode_chat(_PROBE)
-        theirs = self._backend.encode(self.render(_PROBE, True), add_special_tokens=False).ids
+        ours = self.encode_chat(PROBE)
+        theirs = self._backend.encode(self.render(PROBE, True), add_special_tokens=False).ids
         if ours != theirs:
             raise ModelError(
                 f"text between control tokens is encoded to {ours}, the tokenizer as a whole gives {theirs}: "
@@ -318,42 +326,6 @@ def _load_backend(directory: Path) -> Tokenizer:
             f"{path} cannot be loaded: {error}. Take the file from the model's own repository again, or "
             "write it with `save_pretrained` of a fast tokenizer."
         ) from error
-
-
-def _check_template(template: str, special: dict[str, str | None]) -> None:
-    """Raises `ModelError` for a template that takes far too much time or memory; see `template_trial`."""
-    named = {key: text for key, text in special.items() if text}
-    rows = [messages_to_rows(messages) for messages in (_PROBE[:1], _PROBE[:2], _PROBE)]
-    dialogues = [
-        {"messages": row, "add_generation_prompt": asks, "tools": None, "documents": None, **named}
-        for row in rows
-        for asks in (False, True)
-    ]
-    excess = find_excess(template, json.dumps(dialogues))
-    if excess is not None:
-        raise ModelError(
-            f"the chat template cannot be used: {excess} for a dialogue of three lines. It is a program of the model's "
-            "repository: take the model from another one, or put a chat_template.jinja of its family there."
-        )
-
-
-def _renderer(template: str, special: dict[str, str | None]) -> Callable[[Sequence[Message], bool], str]:
-    from transformers import PreTrainedTokenizerFast  # takes a second to import
-
-    named = {key: text for key, text in special.items() if text}
-    # Only the template is rendered here, so an empty tokenizer does.
-    host = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), **named)
-
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        text = host.apply_chat_template(
-            messages_to_rows(messages),
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-        return str(text)
-
-    return render
 
 
 def _without_control_tokens(spec: dict[str, Any], control: set[str]) -> Tokenizer:

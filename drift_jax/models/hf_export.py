@@ -6,6 +6,7 @@ Of several processes each writes the files that are its own, into one directory 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -49,7 +50,8 @@ def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str,
       params: arrays placed on a mesh, as `load_params` or a restored checkpoint has them.
 
     Raises:
-      StageError: the disk is full or not writable; nothing is left behind. An error of one process is raised on all.
+      StageError: the disk is full or not writable, or `out_dir` is there and is no model's directory; nothing is left
+        behind. An error of one process is raised on all.
     """
     config = on_each(lambda: load_qwen_config(source_dir))
     _, declared = declare_qwen(config)
@@ -59,6 +61,7 @@ def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str,
     ]
     files = divide_into_files([leaf for leaf, _, _ in parameters], dtype, int(max_shard_gib * 2**30))
     folder = _Folder(out_dir, files, dtype)
+    on_main(folder.check_names)
     try:
         on_main(folder.make)
         with folder:
@@ -171,13 +174,19 @@ class _Folder:
 
     def __init__(self, out_dir: Path, files: Mapping[str, Shapes], dtype: str) -> None:
         self.dtype = np.dtype(dtype)
-        self._dtype_name, self._out_dir, self._files = dtype, out_dir, files
-        self._path = out_dir.with_name(out_dir.name + ".tmp")
+        # Where a link leads: the link stays, and a name is never `.` or `..`.
+        self._dtype_name, self._out_dir, self._files = dtype, out_dir.resolve(), files
+        self._path, self._old = (self._out_dir.with_name(f"{self._out_dir.name}.{end}") for end in ("tmp", "old"))
         self._own = [name for k, name in enumerate(files) if k % jax.process_count() == jax.process_index()]
         self._writers: dict[str, SafetensorsWriter] = {}
         self._file_of = {tensor: name for name in self._own for tensor in files[name]}
         self._failure: OSError | None = None
         self._closing = contextlib.ExitStack()
+
+    def check_names(self) -> None:
+        """Raises `StageError` where more than a model would be replaced; on process 0."""
+        for path in (self._out_dir, self._path, self._old):
+            _check_replaceable(path)
 
     def make(self) -> None:
         """An empty directory; on process 0."""
@@ -236,9 +245,22 @@ class _Folder:
                 shutil.copyfile(source_dir / name, self._path / name)
             for path in (*(self._path / name for name in (*texts, *companions)), self._path):
                 _sync(path)
-            shutil.rmtree(self._out_dir, ignore_errors=True)
+            self._replace()
+
+    def _replace(self) -> None:
+        """Gives the directory its name. The model that had it stays until then, and comes back where that fails."""
+        shutil.rmtree(self._old, ignore_errors=True)
+        replaces = self._out_dir.exists()
+        if replaces:
+            self._out_dir.rename(self._old)
+        try:
             self._path.rename(self._out_dir)
-            _sync(self._out_dir.parent)
+        except OSError:
+            if replaces:
+                self._old.rename(self._out_dir)
+            raise
+        _sync(self._out_dir.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def remove(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)
@@ -257,10 +279,29 @@ class _Folder:
         try:
             yield
         except OSError as error:
+            remedy = "mend the path"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                needed = count_bytes(self._files, self._dtype_name) / 2**30
+                remedy = f"free space (about {needed:.1f} GiB are needed)"
             raise StageError(
-                f"cannot write the model to {self._out_dir}: {error}. Nothing was left behind; free space "
-                f"(about {count_bytes(self._files, self._dtype_name) / 2**30:.1f} GiB are needed) and run again."
+                f"cannot write the model to {self._out_dir}: {error}. Nothing was left behind; {remedy} and run again."
             ) from None
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raises `StageError` for what is there and no model's directory: an export takes the whole name."""
+    if not directory.exists():
+        return
+    if directory.is_dir():
+        entries = list(directory.iterdir())
+        # A killed export has left weights without a config.
+        of_model = any(path.name == "config.json" or path.suffix == ".safetensors" for path in entries)
+        if not entries or (of_model and not any(path.is_dir() for path in entries)):
+            return
+    raise StageError(
+        f"{directory} is there and holds more than a model, all of which would be replaced. Give the model a directory "
+        f"of its own, such as {directory / 'hf'}."
+    )
 
 
 _SHARE = "Several processes write one directory: name one on storage that all hosts share."

@@ -58,7 +58,7 @@ def answer_stage(
       DataError: dialogues that the chat template refuses; all are named.
       StageError: `out_dir` holds answers of another policy, other prompts or another way of sampling.
     """
-    tokenizer = on_each(lambda: open_tokenizer(model_dir))
+    tokenizer = on_each(lambda: open_tokenizer(model_dir, config.data.thinking))
     job = on_main(lambda: _job(config, model_dir, dialogues, out_dir))
     requests, cut = on_each(lambda: _requests(dialogues, tokenizer, config.sampling.max_input_length))
     engine = ENGINES[config.sampling.engine](config, model_dir)
@@ -84,7 +84,7 @@ def answer_stage(
 def _job(config: RunConfig, model_dir: Path, dialogues: Mapping[str, Sequence[Message]], out_dir: Path) -> str:
     plain = [[name, [[m.role, m.content] for m in messages]] for name, messages in dialogues.items()]
     prompts = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-    return sampling_job(config, {"prompts": prompts, "policy": Manifest(out_dir).model_hash(model_dir)})
+    return sampling_job(config, {"prompts": prompts, "policy": Manifest(out_dir).model_hash(model_dir)}, model_dir)
 
 
 def _requests(

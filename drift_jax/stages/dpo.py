@@ -59,7 +59,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     check_checkpoint_place(job.out_dir)
     layout = build_layout(config.mesh)
     check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
-    tokenizer = open_tokenizer(job.model_dir)
+    tokenizer = open_tokenizer(job.model_dir, config.data.thinking)
     cache = job.out_dir / "tokens"
     train = load_tokenized(config, job.train_pairs, tokenizer, cache, console)
     test = load_tokenized(config, job.test_pairs, tokenizer, cache, console)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from drift_jax.checkpoint import Checkpointer
-from drift_jax.config import RunConfig
+from drift_jax.config import MeshConfig, RunConfig
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import StageError
 from drift_jax.models.hf import load_qwen_config
@@ -32,6 +33,13 @@ def export_stage(config: RunConfig, checkpoints: Path, source_dir: Path, out_dir
     save_hf(params, source_dir, out_dir, config.export.dtype, config.export.max_shard_gib)
     size = on_main(lambda: sum(f.stat().st_size for f in out_dir.glob("*.safetensors")))
     return {"step": step, "bytes": size, "path": str(out_dir)}
+
+
+def mesh_for_export(source_dir: Path) -> MeshConfig:
+    """As many devices along `fsdp` as the model's width divides over, whatever mesh has trained; for `drift export`."""
+    devices, width = jax.device_count(), load_qwen_config(source_dir).embed
+    fsdp = max(n for n in range(1, devices + 1) if devices % n == width % n == 0)
+    return MeshConfig(data=devices // fsdp, fsdp=fsdp)
 
 
 def _check_directory(checkpoints: Path) -> None:

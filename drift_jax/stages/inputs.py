@@ -60,8 +60,8 @@ def load_split(config: RunConfig, path: str) -> LoggedSplit:
     """Of records of the kind that the method takes.
 
     Raises:
-      DataError: holding out `data.test_rows` leaves nothing to train on, or rows that were held out when they were mined
-        among those to train on.
+      DataError: holding out `data.test_rows` leaves nothing to train on, or leaves rows there that were held out when
+        they were mined.
     """
     rows = LOGGED_READERS[method_of(config).records](path, config.data.on_bad_row)
     held_out = config.data.test_rows

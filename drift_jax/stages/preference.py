@@ -12,6 +12,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from drift_jax.config import RunConfig
+from drift_jax.data.chat_template import Thinking
 from drift_jax.data.pairs import TokenizedPair, tokenize_pair
 from drift_jax.data.rules import build_rules
 from drift_jax.data.tokenizer import ChatTokenizer
@@ -106,7 +107,7 @@ def score_targets(config: RunConfig, targets: Sequence[Target], pairs: Path, con
       ConfigError: models have tokenizers of their own.
     """
     models = list(dict.fromkeys(path for target in targets for path in (target.reference, target.policy)))
-    tokenizer = shared_tokenizer(models)
+    tokenizer = shared_tokenizer(models, config.data.thinking)
     file = load_tokenized(config, pairs, tokenizer, console=console)
     if not file.pairs:
         raise DataError(f"{pairs}: no pair is left to evaluate on, {file.drops}.")
@@ -115,9 +116,9 @@ def score_targets(config: RunConfig, targets: Sequence[Target], pairs: Path, con
     return Scored(of, {reason: count for reason, count in file.drops.items() if count})
 
 
-def shared_tokenizer(models: Sequence[Path]) -> ChatTokenizer:
+def shared_tokenizer(models: Sequence[Path], thinking: Thinking) -> ChatTokenizer:
     """Raises `ConfigError` unless all models make the same ids of a text."""
-    tokenizers = [on_each(lambda model=model: open_tokenizer(model)) for model in models]
+    tokenizers = [on_each(lambda model=model: open_tokenizer(model, thinking)) for model in models]
     for model, tokenizer in zip(models, tokenizers, strict=True):
         if tokenizer.content_hash != tokenizers[0].content_hash:
             raise ConfigError(
@@ -161,7 +162,7 @@ def implicit_rewards(
       DataError: a reply cannot be encoded, or has no token left within `data.max_length`.
     """
     models = [on_each(lambda path=path: resolve_model(path)) for path in (policy, reference)]
-    tokenizer, data = shared_tokenizer(models), config.data
+    tokenizer, data = shared_tokenizer(models, config.data.thinking), config.data
     rules = build_rules(data)
     by_prompt: dict[tuple[Message, ...], list[int]] = {}
     for at, (_, prompt, _) in enumerate(replies):

@@ -52,7 +52,7 @@ def sample_stage(
       StageError: `out_dir` holds completions of another job, or another process writes there.
     """
     split = on_each(lambda: load_split(config, records))
-    tokenizer = open_tokenizer(model_dir)
+    tokenizer = open_tokenizer(model_dir, config.data.thinking)
     engine = ENGINES[config.sampling.engine](config, model_dir)
     per_host = engine.per_host
     every = [record for _, record in split.rows()]

@@ -29,7 +29,7 @@ def showcase_stage(config: RunConfig, before: Path, after: Path, out_path: Path,
 
 
 def _answer(config: RunConfig, model_dir: Path, prompts: tuple[str, ...], console: Console) -> list[str]:
-    tokenizer = open_tokenizer(model_dir)
+    tokenizer = open_tokenizer(model_dir, config.data.thinking)
     dtype = config.sampling.compute_dtype
     policy = split_policy(
         open_policy(model_dir, layout_of_all(config, load_qwen_config(model_dir)), dtype, dtype, console)

@@ -55,6 +55,12 @@ def test_the_logged_reply_again() -> None:
     assert similarity("aaab", "aaac") == pytest.approx(0.75)  # one deletion and one insertion of eight characters
 
 
+def test_a_thought_without_a_reply_is_refused() -> None:
+    assert reason("\n<think>\nThe user asks for", finish="length", on_cut="keep") == "unfinished thought"
+    assert reason("<think>\nWhich one?\n</think>\n\nThe capital is", finish="length", on_cut="keep") is None
+    assert reason("Write <think> before a thought.") is None
+
+
 def test_a_cut_reply_is_refused_unless_it_is_kept() -> None:
     assert reason("The capital of", finish="length") == "cut by length"
     assert reason("The capital of", finish="length", on_cut="resample") == "cut by length"

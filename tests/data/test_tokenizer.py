@@ -38,6 +38,13 @@ REASONING_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
+# The same, and it may be told that a reply has no thought: then the prompt ends with the empty one.
+THINKING_TEMPLATE = REASONING_TEMPLATE.removesuffix("{%- endif %}") + (
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<tool_call>\\n\\n</tool_call>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+
 # A template that puts halves of a control token right around the message.
 EMBRACING_TEMPLATE = (
     "{%- for message in messages %}"
@@ -295,6 +302,25 @@ def test_ordinary_text_reaches_the_template_untouched(variant: Callable[..., Pat
     switch = CHAT_TEMPLATE + "{{- '#' if '/no_think' in messages[0]['content'] else '' }}"
     tokenizer = load_tokenizer(variant(config={"chat_template": switch}))
     assert tokenizer.render([Message("user", "Hi /no_think")], True).endswith("#")
+
+
+def test_a_template_may_be_told_that_there_are_no_thoughts(tiny_dir: Path, tmp_path: Path, tiny: ChatTokenizer) -> None:
+    """Else the policy thinks where its prompt ends, and the logged reply begins with a thought that it never had."""
+    asked = [Message("user", "Hi")]
+    thinking = with_template(tiny_dir, tmp_path / "m", THINKING_TEMPLATE)
+    told = load_tokenizer(tmp_path / "m", "off")
+    empty = "<tool_call>\n\n</tool_call>\n\n"
+    shown = [
+        [t.decode(ids, skip_special=False) for ids in (t.encode_chat(asked)[-6:], t.encode_completion(asked, "Hello"))]
+        for t in (thinking, told)
+    ]
+    assert shown[0][0].endswith("<|im_start|>assistant\n") and shown[0][1] == f"{empty}Hello<|im_end|>"
+    assert shown[1][0].endswith(empty) and shown[1][1] == "Hello<|im_end|>"
+    whole = [*asked, Message("assistant", "Hello")]
+    assert thinking.encode_chat(whole, False) == told.encode_chat(whole, False)
+    assert thinking.content_hash != told.content_hash
+    # One that does not ask is as before.
+    assert load_tokenizer(tiny_dir, "off").content_hash == tiny.content_hash
 
 
 def test_reasoning_template_splits(reasoning: ChatTokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from drift_jax.errors import ConfigError, ModelError, StageError
 from drift_jax.models.hf import load_params, load_qwen_config, resolve_model
 from drift_jax.models.hf_export import save_hf
 from drift_jax.sharding import Layout, build_layout
+from drift_jax.stages.export import mesh_for_export
 from tests.full_disk import full_disk  # noqa: F401
 from tests.tiny_models import build_tiny_model
 
@@ -218,6 +220,14 @@ def test_an_indivisible_mesh_is_refused_with_both_numbers(tmp_path: Path) -> Non
         load_params(source, build_layout(MeshConfig(1, 8, 1)))
 
 
+def test_an_export_takes_a_mesh_that_divides_the_model(tmp_path: Path) -> None:
+    """`drift export` has no mesh to set: a model that three devices trained would not come out of eight."""
+    source = build_tiny_model(tmp_path / "m", hidden_size=60, num_attention_heads=4)
+    mesh = mesh_for_export(source)
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == (2, 4, 1)
+    assert load_params(source, build_layout(mesh))
+
+
 def test_kv_heads_fewer_than_the_tensor_axis_are_replicated(tmp_path: Path) -> None:
     source = build_tiny_model(tmp_path / "m", num_attention_heads=8, num_key_value_heads=2)
     params = load_params(source, build_layout(MeshConfig(1, 2, 4)))
@@ -238,3 +248,55 @@ def test_an_old_directory_is_replaced_whole(model_dir: Path, tmp_path: Path) -> 
     save_hf(load_params(model_dir, single_device()), model_dir, out, "bfloat16")
     assert not (out / "stale.txt").exists()
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_is_no_model_is_not_replaced(model_dir: Path, tmp_path: Path) -> None:
+    """`drift export --out DIR` once emptied whatever DIR was, a stage with its checkpoints too."""
+    params = load_params(model_dir, single_device())
+    stage, notes, file = tmp_path / "stage", tmp_path / "notes", tmp_path / "file"
+    shutil.copytree(model_dir, stage / "hf")
+    (stage / "config.json").write_text("{}")
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("x")
+    file.write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (stage, notes, file, notes / ".." / "notes"):
+        with pytest.raises(StageError, match=f"{out.resolve()} is there and holds more than a model"):
+            save_hf(params, model_dir, out, "bfloat16")
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine.txt").write_text("x")
+    with pytest.raises(StageError, match=r"out\.tmp is there and holds more than a model"):
+        save_hf(params, model_dir, tmp_path / "out", "bfloat16")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "out.tmp", tmp_path / "out.tmp" / "mine.txt"])
+
+
+def test_a_link_and_a_bare_name_are_followed(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = load_params(model_dir, single_device())
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    save_hf(params, model_dir, tmp_path / "link", "bfloat16")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "model.safetensors").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_hf(params, model_dir, Path("."), "bfloat16")
+    assert (tmp_path / "here" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path != model_dir) == ["far", "here", "link"]
+
+
+def test_the_old_model_stays_where_the_new_one_cannot_have_its_name(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    shutil.copytree(model_dir, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "out.tmp":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StageError, match="resource busy. Nothing was left behind; mend the path and run again"):
+        save_hf(load_params(model_dir, single_device()), model_dir, out, "float32")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if path != model_dir] == ["out"]
