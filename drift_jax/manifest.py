@@ -37,6 +37,7 @@ _MODEL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 _PACKAGES = ("drift-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "vllm")
@@ -73,7 +74,9 @@ class _Data(TypedDict):
 
 
 # Keys that came later, with what they were before they were written down.
-_LATER = {"recipe.method": DEFAULT}
+_LATER = {"recipe.method": DEFAULT, "data.thinking": "template"}
+# Keys that entries held once and that may change since (`stages/identity.py`).
+_FREED = frozenset({"train.accumulation_steps", "train.tokens_per_device"})
 
 
 def config_slice(config: RunConfig, prefixes: Iterable[str], excluding: Iterable[str] = ()) -> dict[str, Any]:
@@ -109,9 +112,7 @@ class Manifest:
         """
         entry = self._data["stages"].get(stage)
         if entry is not None:
-            before = {key: value for key, value in _LATER.items() if key in config} | entry["config"]
-            problems = _differences(before, config) + _differences(entry["inputs"], inputs, "input ")
-            if problems:
+            if problems := _changes(entry, config, inputs):
                 raise StageError(
                     f"stage {stage} in {self.path.parent} was made with other values:\n"
                     + "\n".join(f"  {problem}" for problem in problems)
@@ -129,6 +130,13 @@ class Manifest:
         self._data["stages"][stage] = entry
         self._write()
         return False
+
+    def renew(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Of a stage that nothing depends on: made from other values it is forgotten, so that it is entered anew."""
+        entry = self._data["stages"].get(stage)
+        if entry is not None and _changes(entry, config, inputs):
+            del self._data["stages"][stage]
+            self._write()
 
     def finish(self, stage: str, summary: Mapping[str, Any]) -> None:
         """Marks a stage as done; `summary` holds the JSON values that the closing table shows."""
@@ -183,6 +191,13 @@ class Manifest:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self._data)
+
+
+def _changes(entry: Mapping[str, Any], config: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """How values differ from those that a stage was entered with, a line each."""
+    before = {key: value for key, value in _LATER.items() if key in config} | entry["config"]
+    before = {key: value for key, value in before.items() if key not in _FREED}
+    return _differences(before, config) + _differences(entry["inputs"], inputs, "input ")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], kind: str = "") -> list[str]:

@@ -151,7 +151,7 @@ class Recipe:
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
         records = records_path(self.config)
         keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, records))
-        job = sampling_job(self.config, inputs)
+        job = sampling_job(self.config, inputs, policy)
         sample = partial(sample_stage, self.config, policy, str(records), out_dir, self.console, job)
         self._stage(f"{name}/sample", keys, inputs, sample, "sampling")
         pair = partial(pair_stage, self.config, inputs["policy"], str(records), out_dir, self.console)
@@ -170,6 +170,8 @@ class Recipe:
             models = {"before": initial, "after": policy}
             inputs = on_main(lambda: {when: self.manifest.model_hash(path) for when, path in models.items()})
             path = self.run_dir / "showcase.json"
+            # More iterations make another policy to show.
+            on_main(lambda: self.manifest.renew("showcase", keys, inputs))
             self._stage(
                 "showcase", keys, inputs, lambda: showcase_stage(self.config, initial, policy, path, self.console)
             )

@@ -86,6 +86,11 @@ class Rows(Generic[RecordT]):
     records: tuple[RecordT, ...]
     skipped: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def left_out(self) -> int:
+        """How many rows were left out; `skipped` has one of them as often as it breaks the format."""
+        return len({line for line, _ in self.skipped})
+
 
 @dataclass(frozen=True)
 class Share(Generic[RecordT]):
@@ -135,6 +140,11 @@ def read_pair_share(path: str | Path, index: int, count: int) -> Share[Pair]:
       DataError: as `read_dsat`, less what concerns single rows.
     """
     return _read_share(Path(path), index, count, pair_problems, _pair_from_row)
+
+
+def count_rows(path: str | Path) -> int:
+    """Rows of a JSONL file, sound or not. Raises `DataError` as `read_dsat`, less its rows; an empty file has 0."""
+    return sum(1 for _ in read_lines(Path(path)))
 
 
 def dsat_to_row(record: DsatRecord) -> Row:

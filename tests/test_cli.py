@@ -62,8 +62,8 @@ def test_bad_rows(drift: Drift, base: Path, edit: Callable[[dict], object], word
 
 
 def test_bad_rows_are_reported_together_and_can_be_skipped(drift: Drift, base: Path) -> None:
-    for line in (2, 5):
-        edit_rows(base / "dsat.jsonl", line, lambda row: "[]")
+    edit_rows(base / "dsat.jsonl", 2, lambda row: row.update(rejected=3, user_preference=4))  # twice, and one row
+    edit_rows(base / "dsat.jsonl", 5, lambda row: "[]")
     message = run_refused(drift, base)
     assert "dsat.jsonl:2" in message and "dsat.jsonl:5" in message and "--on-bad-row skip" in message
     code, _, err = drift(
@@ -83,6 +83,34 @@ def test_a_pair_without_chosen(drift: Drift, base: Path) -> None:
     assert not (base / "out").exists()
 
 
+def test_an_empty_file_of_held_out_pairs_holds_none_out(drift: Drift, base: Path) -> None:
+    """As `drift sample` writes it; of pairs to train on it is an error."""
+    (base / "pairs/pairs.test.jsonl").touch()
+    words = ("train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out")
+    code, out, err = drift(*words)
+    assert code == 0, err
+    assert " ".join(out.split()).count("pairs.test.jsonl is empty: no pairs are held out") == 1
+    assert json.loads((base / "out/eval.json").read_text()) == {"step": 1, "pairs": 0}
+    (base / "pairs/pairs.train.jsonl").write_text("")
+    code, _, err = drift(*words[:-1], base / "other")
+    assert code == 2 and "pairs.train.jsonl is empty: at least one row is needed" in " ".join(err.split())
+    assert not (base / "other").exists()
+
+
+def test_bad_rows_of_pairs_are_counted(drift: Drift, base: Path) -> None:
+    """One that breaks the format twice counts once, also where the ids come from the cache."""
+    edit_rows(base / "pairs/pairs.train.jsonl", 2, lambda row: row.update(chosen=3, rejected=4))
+    edit_rows(base / "pairs/pairs.train.jsonl", 5, lambda row: "[]")
+    words = ("train", base / "config.yaml", "--model", base / "model", "--pairs", base / "pairs", "--out", base / "out")
+    for _ in range(2):
+        code, _, err = drift(*words, "--on-bad-row", "skip")
+        assert code == 0, err
+        summary = json.loads((base / "out/manifest.json").read_text())["stages"]["train"]["summary"]
+        assert summary["pairs"] == 6
+        assert summary["drops"] == {"bad row": 2, "not encodable": 0, "completion cut away": 0}
+        (base / "out/manifest.json").unlink()
+
+
 def test_a_git_lfs_pointer(drift: Drift, base: Path) -> None:
     (base / "dsat.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "git lfs pull" in run_refused(drift, base)
@@ -95,7 +123,7 @@ def test_a_git_lfs_pointer(drift: Drift, base: Path) -> None:
         ("train.beta=lots", "train.beta: Input should be a valid number, found 'lots'"),
         ("data.max_prompt_length=128", "data.max_prompt_length (128) must be below data.max_length (128)"),
         ("train.batch_size=12", "12 pairs cannot be split over 8 devices"),
-        ("sampling.batch_size=12", "sampling.batch_size (12) cannot be split over 8 devices"),
+        ("sampling.batch_size=10", "sampling.batch_size (10) cannot be split over 4 devices"),
         ("mesh.tensor=3", "8 devices cannot be divided by 3"),
         ("data.dsat=nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("tracking.trackers=[mlflow]", "tracking.trackers.0"),
@@ -199,7 +227,8 @@ def test_pairs_without_a_completion_left_are_counted_and_named(drift: Drift, bas
     assert "1 of 8 train pairs (12.5%) lost a completion" in " ".join(out.split()) and "s3" in out
     stages = json.loads((base / "out" / "manifest.json").read_text())["stages"]
     summary = stages["train"]["summary"]
-    assert summary["pairs"] == 7 and summary["drops"] == {"not encodable": 0, "completion cut away": 1}
+    assert summary["pairs"] == 7 and summary["drops"]["completion cut away"] == 1
+    assert sum(summary["drops"].values()) == 1
     assert len(summary["warnings"]) == 1
 
 

@@ -19,8 +19,12 @@ from drift_jax.data.pairs import tokenize_pair
 from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import DataError, StageError
 from drift_jax.evaluation.preference import preference_numbers
+from drift_jax.manifest import Manifest
 from drift_jax.recipe import run
 from drift_jax.records import read_pairs
+from drift_jax.report.card import render_card
+from drift_jax.report.page import render_page
+from drift_jax.report.runs import load_run
 from drift_jax.sampling.local import LocalSampler
 from drift_jax.stages.preference import find_targets, score_targets
 from drift_jax.telemetry import read_metrics
@@ -182,10 +186,30 @@ def test_changed_input_is_refused(finished: tuple[Path, str], base: Path, tmp_pa
 def test_more_iterations_go_on_from_the_last_policy(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished[0], run_dir)
+    before = shown_policy(run_dir)
     # The copied hashes are of other paths, but of the same content.
-    output = run_quietly(make_config(base, run_dir, recipe={"iterations": 3, "showcase_prompts": []}))
+    config = make_config(base, run_dir, recipe={"iterations": 3})
+    output = run_quietly(config)
     assert output.count("finished before, skipped") == len(STAGES)
     assert (run_dir / "iter_3/hf/model.safetensors").exists()
+    # What is shown at the end is of the new policy.
+    manifest = Manifest(run_dir)
+    assert before == manifest.model_hash(run_dir / "iter_2/hf")
+    assert shown_policy(run_dir) == manifest.model_hash(run_dir / "iter_3/hf")
+    assert list(manifest.stages())[-1] == "showcase" and manifest.is_finished("showcase")
+    assert run_quietly(config).count("finished before, skipped") == len(STAGES) + 5
+
+
+def shown_policy(run_dir: Path) -> str:
+    return Manifest(run_dir).inputs("showcase")["after"]
+
+
+def test_other_prompts_are_shown_anew(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    output = run_quietly(make_config(base, run_dir, recipe={"showcase_prompts": ["Why?"]}))
+    assert output.count("finished before, skipped") == len(STAGES)
+    assert [answer["prompt"] for answer in json.loads((run_dir / "showcase.json").read_text())] == ["Why?"]
 
 
 def test_an_interrupted_sampling_goes_on_from_its_journal(
@@ -246,6 +270,19 @@ def test_what_was_damaged_between_training_and_export_is_trained_again(
     weights = "seed/hf/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (finished[0] / weights).read_bytes()
     assert "to be done again" not in run_quietly(config)
+
+
+def test_a_run_that_holds_nothing_out_comes_to_its_end(base: Path, tmp_path: Path) -> None:
+    config = make_config(
+        base, tmp_path / "run", data={"seed_train": None, "test_rows": 0}, recipe={"iterations": 1}, train={"epochs": 2}
+    )
+    output = run_quietly(config)
+    assert output.count("data.test_rows is 0: no pair is held out") == 1 and "16 pairs, 0 held out" in output
+    assert json.loads((tmp_path / "run/iter_1/eval.json").read_text()) == {"step": 4, "pairs": 0}
+    found = load_run(tmp_path / "run")
+    assert found.is_finished and "0 held out" in render_page([found])
+    assert "| iter_1 | 16 | 4 |" in render_card(found, found.stages[0])
+    assert run_quietly(config).count("finished before, skipped") == 5
 
 
 def test_holding_out_every_row_is_refused(base: Path, tmp_path: Path) -> None:

@@ -236,8 +236,20 @@ def test_bad_dsat_rows_are_named(line: Any, why: str, tmp_path: Path) -> None:
 
     rows = read_dsat(path, on_bad_row="skip")
     assert [record.id for record in rows.records] == ["first", "last"]
-    assert {at for at, _ in rows.skipped} == {number}
+    assert {at for at, _ in rows.skipped} == {number} and rows.left_out == 1
     assert re.match(why, rows.skipped[0][1])
+
+
+def test_a_row_that_breaks_the_format_twice_is_left_out_once(tmp_path: Path) -> None:
+    twice = dsat_row(id="twice", rejected=3, user_preference=4)
+    rows = read_dsat(write_lines(tmp_path / "d.jsonl", dsat_row(id="first"), twice, "{"), on_bad_row="skip")
+    assert [at for at, _ in rows.skipped] == [2, 2, 3] and rows.left_out == 2
+
+
+@pytest.mark.parametrize(("text", "rows"), [("", 0), ("\n \n", 0), ("{}\n\n[\n", 2), ("{}", 1)])
+def test_rows_are_counted_whatever_they_hold(text: str, rows: int, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(text)
+    assert records.count_rows(tmp_path / "d.jsonl") == rows
 
 
 @pytest.mark.parametrize("kind", ["dsat", "pair"])

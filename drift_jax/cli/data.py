@@ -49,7 +49,7 @@ def convert(
 
     console = build_console()
     for split, done in convert_pairs(source, out, to, on_bad_row or "error").items():
-        console.print(Text(f"{split}: {done.pairs:,} pairs, {len(done.skipped)} rows left out"))
+        console.print(Text(f"{split}: {done.pairs:,} pairs, {len({line for line, _ in done.skipped})} rows left out"))
         _print_skipped(done.skipped, console)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
+from rich.console import Console
 
 from drift_jax.cli.handbook import devices_with_pairs, handbook_run, print_translation
 from drift_jax.cli.options import (
@@ -92,7 +93,7 @@ def sample(
         manifest = on_each(lambda: Manifest(out))
         keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
         if not on_main(lambda: manifest.enter("sample", keys, inputs)):
-            job = sampling_job(resolved, inputs)
+            job = sampling_job(resolved, inputs, model_dir)
             summary = sample_stage(resolved, model_dir, str(input), out, console, job)
             summary |= on_main(lambda: pair_stage(resolved, inputs["policy"], str(input), out, console))
             on_main(lambda: manifest.finish("sample", summary))
@@ -124,7 +125,6 @@ def train(
     from drift_jax.handbook import is_handbook_file, translate_handbook
     from drift_jax.manifest import Manifest
     from drift_jax.models.hf import check_weights
-    from drift_jax.records import read_pairs
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
@@ -149,12 +149,8 @@ def train(
     for directory in dict.fromkeys((model_dir, reference_dir)):
         on_main(lambda directory=directory: open_tokenizer(directory) and None)
         on_main(lambda directory=directory: check_weights(directory))
-    train_pairs, test_pairs = pairs / "pairs.train.jsonl", pairs / "pairs.test.jsonl"
-    test = test_pairs if on_main(test_pairs.exists) else None
-    for path in filter(None, (train_pairs, test)):
-        check = partial(read_pairs, path, resolved.data.on_bad_row)
-        on_main(lambda check=check: check() and None)  # bad rows are refused before anything is written
-    job = TrainJob(model_dir, reference_dir, train_pairs, test, out, resolved.train.epochs)
+    train_pairs, test_pairs = _find_pairs(pairs, resolved.data.on_bad_row, console)
+    job = TrainJob(model_dir, reference_dir, train_pairs, test_pairs, out, resolved.train.epochs)
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
         if not on_main(lambda: manifest.enter("train", *export_identity(resolved, manifest, job))):
@@ -162,6 +158,21 @@ def train(
             summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
             on_main(lambda: manifest.finish("train", summary))
         console.print_json(data=on_main(lambda: manifest.summary("train")))
+
+
+def _find_pairs(folder: Path, on_bad_row: Literal["error", "skip"], console: Console) -> tuple[Path, Path | None]:
+    """The pairs to train on, and those that are held out. Bad rows are refused before anything is written."""
+    from drift_jax.records import count_rows, read_pairs
+
+    train, test = folder / "pairs.train.jsonl", folder / "pairs.test.jsonl"
+    is_there = on_main(test.exists)
+    held_out = test if is_there and on_main(lambda: count_rows(test)) else None
+    if is_there and held_out is None:  # as a pair stage writes it that holds nothing out
+        console.print(f"{test} is empty: no pairs are held out", highlight=False, soft_wrap=True, markup=False)
+    for path in filter(None, (train, held_out)):
+        check = partial(read_pairs, path, on_bad_row)
+        on_main(lambda check=check: check() and None)
+    return train, held_out
 
 
 def export(
@@ -179,9 +190,10 @@ def export(
     """Writes the newest checkpoint as a Hugging Face directory that transformers and vLLM load."""
     from drift_jax.config import build_config
     from drift_jax.models.hf import resolve_model
-    from drift_jax.stages.export import export_stage
+    from drift_jax.stages.export import export_stage, mesh_for_export
 
     config = build_config({"run_dir": str(out), "model": {"path": model}, "export": {"dtype": dtype}})
-    console = build_console()
-    summary = export_stage(config, checkpoint, resolve_model(model), out, console)
+    console, source = build_console(), resolve_model(model)
+    config = dataclasses.replace(config, mesh=mesh_for_export(source))
+    summary = export_stage(config, checkpoint, source, out, console)
     console.print_json(data=dataclasses.asdict(config.export) | summary)

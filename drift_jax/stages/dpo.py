@@ -20,7 +20,6 @@ from drift_jax.data.batches import PairLoader, batch_split
 from drift_jax.data.pairs import TokenizedPair
 from drift_jax.data.rules import build_rules
 from drift_jax.distributed import on_main
-from drift_jax.errors import DataError
 from drift_jax.evaluation.preference import PairLogps, preference_numbers
 from drift_jax.files import check_checkpoint_place, remove_leftovers, write_json, write_jsonl
 from drift_jax.guards import FiniteWatch, RewardWatch, check_first_loss, check_params_changed
@@ -65,7 +64,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
     test = load_tokenized(config, job.test_pairs, tokenizer, cache, console)
     warnings = [message for file, what in ((train, "train"), (test, "held-out")) if (message := file.warning(what))]
     if not train.pairs:
-        raise DataError(f"{job.train_pairs}: no pair is left to train on, {train.drops}. " + " ".join(warnings))
+        raise train.nothing_left(job.train_pairs, "train on")
     steps = total_steps(len(train.pairs), config.train.batch_size, job.epochs, config.train.max_steps)
     if steps == 1 and warmup_steps(config.train, steps):
         warnings.append(

@@ -47,8 +47,9 @@ def check_choosing(config: RunConfig) -> None:
 def pair_stage(config: RunConfig, policy_hash: str, records: str, out_dir: Path, console: Console) -> Summary:
     """Writes `pairs.train.jsonl`, `pairs.test.jsonl` and `drops.json` from `completions.jsonl`.
 
-    `drops.json` has `counts` by reason, `rows` (id, split, sample, reason) of every completion that was dropped, and
-    `records` (id, split, reason) of those that make no pair. Completions that were usable and not chosen are no drops.
+    Where no pair is held out, `pairs.test.jsonl` is empty. `drops.json` has `counts` by reason, `rows` (id, split,
+    sample, reason) of every completion that was dropped, and `records` (id, split, reason) of those that make no pair.
+    Completions that were usable and not chosen are no drops.
 
     Raises:
       DataError: no pair is left to train on.
@@ -73,6 +74,8 @@ def pair_stage(config: RunConfig, policy_hash: str, records: str, out_dir: Path,
         pairs[one.split].append(build(one, picked, ranking))
     for name, made in pairs.items():
         write_jsonl(out_dir / f"pairs.{name}.jsonl", map(pair_to_row, made))
+    if not pairs["test"]:
+        _say_none_held_out(config.data.test_rows, out_dir, console)
     return {
         "pairs": len(pairs["train"]),
         "held_out": len(pairs["test"]),
@@ -80,6 +83,18 @@ def pair_stage(config: RunConfig, policy_hash: str, records: str, out_dir: Path,
         "judge_failures": failures,
         "drops": drops.counts(),
     }
+
+
+def _say_none_held_out(records: int, out_dir: Path, console: Console) -> None:
+    """`records`: that were held out, and have made no pair."""
+    message, style = "data.test_rows is 0: no pair is held out, and training evaluates nothing", None
+    if records:
+        message, style = (
+            f"warning: none of the {records} held-out records has made a pair, so that training evaluates nothing. "
+            f"{out_dir}/drops.json says why.",
+            "yellow",
+        )
+    console.print(message, style=style, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def score_targets(config: RunConfig, targets: Sequence[Target], pairs: Path, con
     tokenizer = shared_tokenizer(models, config.data.thinking)
     file = load_tokenized(config, pairs, tokenizer, console=console)
     if not file.pairs:
-        raise DataError(f"{pairs}: no pair is left to evaluate on, {file.drops}.")
+        raise file.nothing_left(pairs, "evaluate on")
     logps = score_models(config, models, file.pairs, console)
     of = {t.name: pair_logps(file.pairs, logps[t.policy], logps[t.reference]) for t in targets}
     return Scored(of, {reason: count for reason, count in file.drops.items() if count})

@@ -30,7 +30,7 @@ from drift_jax.errors import DataError
 from drift_jax.guards import emptied_warning
 from drift_jax.manifest import config_slice
 from drift_jax.progress import stage_progress
-from drift_jax.records import Pair, read_pair_share, settle_rows
+from drift_jax.records import Pair, count_rows, read_pair_share, settle_rows
 from drift_jax.stages.inputs import report_refused
 
 # What of the config shapes the tokens of a file of pairs.
@@ -54,14 +54,25 @@ class TokenizedFile:
     cuts: TruncationCounts  # over all pairs, those in `emptied` included
     refused: tuple[str, ...] = ()  # pairs that no ids could be made of (with --on-bad-row skip)
     emptied: tuple[str, ...] = ()  # ids of pairs of which a cut left no completion token on one side
+    bad_rows: int = 0  # rows that are no pairs (with --on-bad-row skip)
 
     @property
     def drops(self) -> dict[str, int]:
-        return {"not encodable": len(self.refused), "completion cut away": len(self.emptied)}
+        return {
+            "bad row": self.bad_rows,
+            "not encodable": len(self.refused),
+            "completion cut away": len(self.emptied),
+        }
 
     def warning(self, what: str) -> str | None:
         """A line for the user when completions were cut away."""
         return emptied_warning(self.emptied, len(self.pairs) + len(self.emptied), what)
+
+    def nothing_left(self, path: Path, purpose: str) -> DataError:
+        """What to say where no pair is left."""
+        why = ", ".join(f"{reason}: {count:,}" for reason, count in self.drops.items() if count)
+        remedy = "Raise data.max_length, or mend the rows" if why else "The file has no rows: name another one"
+        return DataError(f"{path}: no pair is left to {purpose}{f' ({why})' if why else ''}. {remedy}.")
 
 
 def load_tokenized(
@@ -71,7 +82,7 @@ def load_tokenized(
     cache_dir: Path | None = None,
     console: Console | None = None,
 ) -> TokenizedFile:
-    """Reads pairs and makes ids of them by the rules that the config names; no path: no pairs.
+    """Reads pairs and makes ids of them by the rules that the config names; no path, or a file without rows: no pairs.
 
     A pair of which a completion was cut away entirely is left out, as TRL does since 0.29: no token of it could be
     learnt, yet it would count in the mean.
@@ -92,7 +103,10 @@ def load_tokenized(
         rows = _tokenize_once(config, path, tokenizer, cache_dir, console)
     kept = [pair for pair in rows.pairs if not pair.emptied]
     emptied = tuple(pair.id for pair in rows.pairs if pair.emptied)
-    return TokenizedFile(kept, count_truncation(rows.pairs), rows.refused, emptied)
+    bad_rows = 0
+    if config.data.on_bad_row == "skip":  # counted from the file: the cache knows only rows that are pairs
+        bad_rows = on_main(lambda: count_rows(path)) - len(rows.pairs) - len(rows.refused)
+    return TokenizedFile(kept, count_truncation(rows.pairs), rows.refused, emptied, bad_rows)
 
 
 def token_key(config: RunConfig, path: Path, tokenizer: ChatTokenizer) -> str:
@@ -135,6 +149,8 @@ def _tokenize_once(
 def _tokenize(config: RunConfig, path: Path, tokenizer: ChatTokenizer, console: Console) -> TokenizedRows:
     """Every process reads and tokenises its share of the rows; all of them then have all."""
     share = on_each(lambda: read_pair_share(path, jax.process_index(), jax.process_count()))
+    if not share.total:  # a pair stage that holds nothing out writes such a file
+        return TokenizedRows([], ())
     mine, refused = _tokenize_share(config, path, [pair for _, pair in share.records], tokenizer, console)
     lines = [line for line, _ in share.records]
     answers = gather({"lines": lines, "bad": share.bad, "refused": refused, "ids": [p.id for _, p in share.records]})

@@ -108,6 +108,28 @@ def test_no_path_is_no_pairs(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_file_without_rows_is_no_pairs(tokenizer: ChatTokenizer, tmp_path: Path, on_bad_row: str) -> None:
+    """A pair stage that holds nothing out leaves such a file."""
+    path = tmp_path / "pairs.test.jsonl"
+    path.touch()
+    for cache in (None, tmp_path / "tokens", tmp_path / "tokens"):
+        found = load_tokenized(build(on_bad_row=on_bad_row), path, tokenizer, cache)
+        assert found == TokenizedFile([], TruncationCounts())
+
+
+def test_bad_rows_are_counted_once_each(
+    pairs_file: Path, tokenizer: ChatTokenizer, tmp_path: Path, no_encoding: Callable[[], None]
+) -> None:
+    lines = pairs_file.read_text().splitlines()
+    twice = json.dumps({"prompt": 1, "chosen": 2, "rejected": 3})
+    pairs_file.write_text("\n".join(["{", *lines, twice, "", lines[0]]) + "\n")
+    first = load_tokenized(build(), pairs_file, tokenizer, tmp_path / "tokens")
+    assert first.drops == {"bad row": 3, "not encodable": 1, "completion cut away": 1} and len(first.pairs) == 6
+    no_encoding()
+    assert load_tokenized(build(), pairs_file, tokenizer, tmp_path / "tokens").drops == first.drops
+
+
 @pytest.mark.parametrize("count", [0, 1, 30])
 def test_a_file_reads_back_what_was_written(tmp_path: Path, count: int) -> None:
     pairs = [
