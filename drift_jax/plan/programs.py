@@ -98,9 +98,9 @@ class Programs:
 
     def compile(self, name: str) -> jax.stages.Compiled:
         """A key of `PROGRAMS`. Raises what the compiler raises where it does not fit."""
+        if name == "sampler":
+            return self.compile_sampler(sampling_layout_of(self.config, self.architecture, self.where))
         with _named_after_this_source():
-            if name == "sampler":
-                return self._compile_sampler(sampling_layout_of(self.config, self.architecture, self.where))
             state, batch = self.trainer.abstract_state, self._placed_batch()
             with use_layout(self.layout):
                 if name == "reference":
@@ -114,14 +114,15 @@ class Programs:
             batch_shardings(self.batch, self.layout),
         )
 
-    def _compile_sampler(self, layout: Layout) -> jax.stages.Compiled:
+    def compile_sampler(self, layout: Layout) -> jax.stages.Compiled:
+        """The decoding loop on the devices of a layout."""
         sampling = self.config.sampling
         graphdef, declared = declare_qwen(self.architecture, jnp.dtype(sampling.compute_dtype))
         weights = abstract_params(declared, layout, sampling.compute_dtype)
         rows = self._sampled_rows(layout, weights)
         sampler = LocalSampler(Policy(self.architecture, graphdef, weights, layout), rows, self.config.model.attention)
         room = round_length(sampling.max_input_length + sampling.max_new_tokens, sampler.room_steps)
-        with use_layout(layout):
+        with _named_after_this_source(), use_layout(layout):
             return sampler.lower(
                 SamplingParams.from_config(sampling, (0,), self.architecture.vocab_size), room
             ).compile()

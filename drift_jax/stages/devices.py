@@ -84,6 +84,13 @@ def split_for_sampling(
     return build_layout(MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor), devices)
 
 
+def describe_split(layout: Layout, rows: int) -> str:
+    """A line for the user: how the devices share the work, which no key has to say."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in layout.sizes.items() if size > 1)
+    devices = f"{layout.devices} devices ({axes})" if axes else "one device"
+    return f"the sampler decodes {rows} rows at a time on {devices}"
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 

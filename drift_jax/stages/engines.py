@@ -40,7 +40,7 @@ from drift_jax.sampling.server import (
     needed_length,
 )
 from drift_jax.sampling.vllm import Served, VllmSampler
-from drift_jax.stages.devices import free_memory, rows_that_fit, sampling_layout
+from drift_jax.stages.devices import describe_split, free_memory, rows_that_fit, sampling_layout
 from drift_jax.stages.inputs import open_policy, open_tokenizer
 
 _OWN_RETRY = Retry(attempts=3)  # of a server on this machine that we can start again
@@ -76,6 +76,7 @@ class LocalEngine(Engine):
         rows = self._config.sampling.batch_size
         if rows is None:  # on a mesh of all hosts they must agree
             rows = min(gather(rows_that_fit(self._config, self._layout, policy.config, free_memory())))
+        console.print(describe_split(self._layout, rows), highlight=False, soft_wrap=True)
         yield LocalSampler(policy, rows, self._config.model.attention)
 
 

@@ -13,12 +13,18 @@ from drift_jax.config import RunConfig, build_config
 from drift_jax.errors import ConfigError
 from drift_jax.models.architecture import QwenConfig, qwen_config_from_hf
 from drift_jax.models.published import ARCHITECTURES
-from drift_jax.stages.devices import linked, split_for_sampling
-from tests.plan.tiny_plan import needs_tpu_compiler, run_with_tpu_compiler
+from drift_jax.stages.devices import describe_split, linked, split_for_sampling
+from tests.plan.tiny_plan import ARCHITECTURE, REPO, needs_tpu_compiler, run_with_tpu_compiler
 
 pytestmark = pytest.mark.mesh
 
 GIB = 2**30
+SHORT = (
+    "sampling.max_new_tokens=32",
+    "sampling.max_input_length=100",
+    "data.max_length=192",
+    "data.max_prompt_length=64",
+)
 
 
 def model_of(name: str) -> QwenConfig:
@@ -51,6 +57,13 @@ def test_kv_heads_and_memory_choose(name: str, devices: int, gib: float | None, 
     assert layout.sizes["sequence"] == 1 and layout.devices == devices
 
 
+def test_the_user_is_told() -> None:
+    model = model_of("qwen2.5-7b")
+    for devices, said in ((8, "8 devices (data 2, tensor 4)"), (1, "one device")):
+        layout = split_for_sampling(config_of(), model, jax.devices()[:devices], [])
+        assert describe_split(layout, 128) == f"the sampler decodes 128 rows at a time on {said}"
+
+
 def test_the_config_may_choose() -> None:
     model, devices = model_of("qwen2.5-1.5b"), jax.devices()  # 12 heads, 2 kv heads, MLP of 8960
     for ways in (1, 4):
@@ -76,38 +89,16 @@ def test_a_host_is_linked_and_a_slice_of_tpus() -> None:
     assert linked([Device("tpu", host, host // 2) for host in (0, 0, 1, 1, 2, 2, 3, 3)]) == 4
 
 
-SENT = """
-import json
-from drift_jax.plan.slices import open_slice
-where = open_slice("v5e:2x2")
-from drift_jax.config import MeshConfig
-from drift_jax.models.architecture import qwen_config_from_hf
-from drift_jax.plan import programs
-from drift_jax.plan.collectives import find_collectives
-from drift_jax.plan.hlo import read_program
-from drift_jax.sharding import build_layout
-from tests.plan.tiny_plan import ARCHITECTURE, tiny_config
-architecture = ARCHITECTURE | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
-model = qwen_config_from_hf(architecture)
-config = tiny_config(mesh={"fsdp": 4}, sampling={"batch_size": 64})
-chosen = programs.sampling_layout_of(config, model, where)
-found = []
-for layout in (chosen, build_layout(config.mesh, where.devices)):
-    programs.sampling_layout_of = lambda *_: layout
-    planned = programs.build_programs(config, architecture, where)
-    text = planned.compile("sampler").as_text()
-    sent = find_collectives(read_program(text), dict(layout.mesh.shape), planned.count_region)
-    found.append(sum(c.total_bytes for c in sent) / config.sampling.max_new_tokens)
-print(json.dumps([*found, 4 * (model.num_parameters - model.vocab_size * model.embed)]))
-"""
-
-
 @needs_tpu_compiler
 @pytest.mark.slow
 def test_a_token_sends_no_weights(tmp_path: Path) -> None:
     """Bytes that a chip gets for each new token of its rows; over `fsdp`, which trains here, they are the weights."""
-    script = tmp_path / "sent.py"
-    script.write_text(SENT)
-    chosen, over_fsdp, weights = json.loads(run_with_tpu_compiler([script], 120).splitlines()[-1])
-    assert over_fsdp > weights / 2
-    assert chosen < weights / 10
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURE | sizes))
+    changes = [word for change in SHORT for word in ("--set", change)]
+    script = REPO / "scripts" / "bench_sampler_mesh.py"
+    words = [script, "--model", tmp_path, "--topology", "v5e:2x2", "--rows", 64, *changes]
+    line = json.loads(run_with_tpu_compiler(words, 120).splitlines()[-1])
+    assert line["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
+    assert line["fsdp_mb_per_token"] > line["weights_mb"] / 2
+    assert line["mb_per_token"] < line["weights_mb"] / 10 and line["ratio"] > 5
