@@ -5,6 +5,7 @@
 The decoding loop is compiled for the whole slice (or for one host of it, where the policy fits there) twice: split as
 the sampler splits it, and over `fsdp`, as training is split by default. `mb_per_token` and `fsdp_mb_per_token` are
 what one device gets from others for each new token of its rows, in 1e6 bytes; `ratio` is the second over the first.
+Where the program over `fsdp` does not fit, `fsdp_failed` has the compiler's words.
 `gib_per_device` is all that the program holds. A topology of TPUs needs libtpu, one of GPUs jax's CUDA plugin.
 """
 
@@ -63,7 +64,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ours = sampling_layout_of(config, model, where)
     devices = ours.mesh.devices.flatten().tolist()
     bytes_ours, gib, seconds = compile_sampler(programs, ours)
-    bytes_fsdp, _, _ = compile_sampler(programs, build_layout(MeshConfig(fsdp=len(devices)), devices))
+    bytes_fsdp, failed = None, None
+    try:
+        bytes_fsdp, _, _ = compile_sampler(programs, build_layout(MeshConfig(fsdp=len(devices)), devices))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        failed = str(error).splitlines()[0]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
     return {
         "bench": "sampler_mesh",
@@ -72,8 +79,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rows": config.sampling.batch_size,
         "mesh": ours.sizes,
         "mb_per_token": round(bytes_ours / 1e6, 3),
-        "fsdp_mb_per_token": round(bytes_fsdp / 1e6, 3),
-        "ratio": round(bytes_fsdp / bytes_ours, 1) if bytes_ours else None,
+        "fsdp_mb_per_token": round(bytes_fsdp / 1e6, 3) if bytes_fsdp else None,
+        "ratio": round(bytes_fsdp / bytes_ours, 1) if bytes_fsdp and bytes_ours else None,
+        "fsdp_failed": failed,
         "weights_mb": round(model.num_parameters * jax.numpy.dtype(config.sampling.compute_dtype).itemsize / 1e6, 3),
         "gib_per_device": round(gib, 2),
         "compile_s": round(seconds, 1),
