@@ -117,7 +117,9 @@ def rows_that_fit(config: RunConfig, layout: Layout, model: QwenConfig, free: fl
     kv_ways = kv_ways if model.kv_heads % kv_ways == 0 else 1
     room = round_length(config.sampling.max_input_length + config.sampling.max_new_tokens)
     # A cache that grows is there twice: with the room it had, two thirds at least, and with that of the longest rows.
-    row = 5 / 3 * cache_bytes(model, room, config.sampling.compute_dtype) / kv_ways
+    # In the loop that TPU's compiler makes it may be there twice all the time.
+    times = 2 if layout.platform == "tpu" else 5 / 3
+    row = times * cache_bytes(model, room, config.sampling.compute_dtype) / kv_ways
     most = _MOST_ROWS_ON_CPU if layout.platform == "cpu" else _MOST_ROWS
     return ways * max(1, int(min(_MOST_CACHE * free / row, most // ways)))
 
