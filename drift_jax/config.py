@@ -73,7 +73,7 @@ class DataConfig:
     truncation: Literal[
         "keep_prompt_end", "trl<=0.11", "trl<=0.11 keep_start", "trl0.12", "trl0.12.0-0.12.2", "keep_start"
     ] = "keep_prompt_end"
-    thinking: Literal["off", "template"] = "off"  # of templates that know of thoughts before a reply (Qwen3)
+    thinking: Literal["none", "template"] = "none"  # before a reply, where the template knows of it (Qwen3)
     on_bad_row: Literal["error", "skip"] = "error"
 
 

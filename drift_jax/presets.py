@@ -46,7 +46,7 @@ CHOICES: Mapping[str, Mapping[str, str]] = {
         "keep_start": "prompt + completion keep their first max_length tokens; a pair whose prompt fills it is dropped",
     },
     "data.thinking": {
-        "off": "a template that knows of thoughts (Qwen3) ends the prompt with an empty one: no reply has a thought",
+        "none": "a template that knows of thoughts (Qwen3) ends the prompt with an empty one: no reply has a thought",
         "template": "the template's own default: Qwen3 thinks first, and a logged reply begins with an empty thought",
     },
     "train.nll_reduction": {
@@ -74,7 +74,7 @@ _DRIFT = {
     "data.template": "generation_prompt",
     "data.eos": "turn_end",
     "data.truncation": "keep_prompt_end",
-    "data.thinking": "off",
+    "data.thinking": "none",
     "train.nll_reduction": "global_token_mean",
     "train.nll_tokens": "all",
     "model.pad_embedding": "trained",

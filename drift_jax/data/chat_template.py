@@ -17,11 +17,11 @@ from drift_jax.data.template_trial import find_excess
 from drift_jax.errors import ModelError
 from drift_jax.records import Message, messages_to_rows
 
-Thinking = Literal["off", "template"]  # keys of `THOUGHTS`
+Thinking = Literal["none", "template"]  # keys of `THOUGHTS`
 
 _THINKING = "enable_thinking"
 # `data.thinking` -> what a template that asks is told
-THOUGHTS: Mapping[Thinking, Mapping[str, bool]] = {"off": {_THINKING: False}, "template": {}}
+THOUGHTS: Mapping[Thinking, Mapping[str, bool]] = {"none": {_THINKING: False}, "template": {}}
 PROBE = (
     Message("user", "  Grüße, 1234!\n\n"),
     Message("assistant", "\n A reply:\n\n    code  \n"),

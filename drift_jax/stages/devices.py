@@ -75,8 +75,9 @@ def split_for_sampling(
     elif not _divides(tensor, len(devices), model.heads, model.mlp):
         fitting = max(n for n in _divisors(len(devices)) if n <= tensor and _divides(n, model.heads, model.mlp))
         raise ConfigError(
-            f"sampling.tensor_parallel ({tensor}) must divide the {len(devices)} devices that sample, the model's "
-            f"{model.heads} heads and its MLP of {model.mlp}. {fitting} would do; null chooses."
+            f"sampling.tensor_parallel ({tensor}) must divide the number of devices that sample ({len(devices)}), that "
+            f"of the model's heads ({model.heads}) and the width of its MLP ({model.mlp}). {fitting} would do; null "
+            "chooses."
         )
     rest, weights = len(devices) // tensor, _weight_bytes(config, model) / tensor
     room = min((limit for limit in limits if limit is not None), default=float("inf"))

@@ -308,7 +308,7 @@ def test_a_template_may_be_told_that_there_are_no_thoughts(tiny_dir: Path, tmp_p
     """Else the policy thinks where its prompt ends, and the logged reply begins with a thought that it never had."""
     asked = [Message("user", "Hi")]
     thinking = with_template(tiny_dir, tmp_path / "m", THINKING_TEMPLATE)
-    told = load_tokenizer(tmp_path / "m", "off")
+    told = load_tokenizer(tmp_path / "m", "none")
     empty = "<tool_call>\n\n</tool_call>\n\n"
     shown = [
         [t.decode(ids, skip_special=False) for ids in (t.encode_chat(asked)[-6:], t.encode_completion(asked, "Hello"))]
@@ -320,7 +320,7 @@ def test_a_template_may_be_told_that_there_are_no_thoughts(tiny_dir: Path, tmp_p
     assert thinking.encode_chat(whole, False) == told.encode_chat(whole, False)
     assert thinking.content_hash != told.content_hash
     # One that does not ask is as before.
-    assert load_tokenizer(tiny_dir, "off").content_hash == tiny.content_hash
+    assert load_tokenizer(tiny_dir, "none").content_hash == tiny.content_hash
 
 
 def test_reasoning_template_splits(reasoning: ChatTokenizer) -> None:

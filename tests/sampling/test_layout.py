@@ -70,9 +70,7 @@ def test_the_config_may_choose() -> None:
         layout = split_for_sampling(config_of(tensor_parallel=ways), model, devices, [])
         assert layout.sizes["tensor"] == ways and layout.ways("batch") == 8 // ways
     for ways, better in ((8, 4), (3, 2)):
-        with pytest.raises(
-            ConfigError, match=rf"\({ways}\) must divide the 8 devices .* 12 heads .* {better} would do"
-        ):
+        with pytest.raises(ConfigError, match=rf"\({ways}\) must divide .* sample .8.*heads .12.* {better} would do"):
             split_for_sampling(config_of(tensor_parallel=ways), model, devices, [])
 
 

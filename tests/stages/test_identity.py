@@ -162,18 +162,18 @@ def test_what_a_template_is_told_shapes_the_draws_of_models_that_ask(base: Path,
     inputs = {"policy": "p", "dsat": "d"}
     jobs, entered = {}, {}
     for model in (plain, thinks):
-        for told in ("off", "template"):
+        for told in ("none", "template"):
             raw = {"run_dir": "r", "model": {"path": str(model)}, "data": {"dsat": "d", "thinking": told}}
             config = build_config(raw)
             jobs[model, told] = sampling_job(config, inputs, model)
             records = write_dsat(tmp_path / "dsat.jsonl", 2)
             entered[model, told] = sample_identity(config, Manifest(tmp_path), model, records)
-    assert jobs[plain, "off"] == jobs[plain, "template"] == jobs[thinks, "template"] != jobs[thinks, "off"]
-    assert "data.thinking" not in entered[plain, "off"][0]
+    assert jobs[plain, "none"] == jobs[plain, "template"] == jobs[thinks, "template"] != jobs[thinks, "none"]
+    assert "data.thinking" not in entered[plain, "none"][0]
     keys, of_model = entered[thinks, "template"]
     before = {key: value for key, value in keys.items() if key != "data.thinking"}
     manifest = Manifest(tmp_path / "run")
     manifest.enter("iter_1/sample", before, of_model)
     manifest.enter("iter_1/sample", keys, of_model)
-    with pytest.raises(StageError, match=r'data\.thinking: was "template", is now "off"'):
-        manifest.enter("iter_1/sample", entered[thinks, "off"][0], of_model)
+    with pytest.raises(StageError, match=r'data\.thinking: was "template", is now "none"'):
+        manifest.enter("iter_1/sample", entered[thinks, "none"][0], of_model)
