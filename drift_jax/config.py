@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from drift_jax.credentials import ServerArguments, ServerEnvironment, ServerUrl, VariableName
 from drift_jax.errors import ConfigError
+from drift_jax.files import is_address
 from drift_jax.key_problems import describe_keys
 from drift_jax.methods import DEFAULT, load_method, method_names
 from drift_jax.presets import apply_preset
@@ -27,7 +28,6 @@ from drift_jax.yaml_files import on_one_line, parse_yaml, read_yaml
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
 _HOTTEST = 2.0  # of a vLLM server
-_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")  # MODULE:FUNCTION
 DType = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1, description="an integer of at least 1")]
@@ -373,7 +373,7 @@ def _path_problems(config: RunConfig) -> list[str]:
         f"{key}: {path!r} is an address, and files are read and written by path alone. Mount the bucket on every host "
         "(gcsfuse for gs://, mountpoint-s3 for s3://) and give the mounted path."
         for key, path in paths.items()
-        if _ADDRESS.match(path)
+        if is_address(path)
     ]
 
 

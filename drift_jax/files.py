@@ -49,12 +49,17 @@ def atomic_writer(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[
         raise
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether it is no path of this machine, such as gs://bucket/run; of a `Path` it is left as gs:/bucket/run."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(path)) is not None
+
+
 def check_checkpoint_place(directory: Path) -> None:
     """Raises `StageError` for a directory whose path Orbax would take for a pattern: it finds no file there again.
 
     So too for an address such as gs://bucket/run, which as a path is a directory `gs:` here.
     """
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(directory)):
+    if is_address(directory):
         raise StageError(
             f"checkpoints cannot be kept in {directory}: that is an address. Mount the bucket and give the mounted "
             "path with --run-dir or --out."

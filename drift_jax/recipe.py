@@ -41,11 +41,12 @@ from drift_jax.progress import StageSummary, printable, summary_markdown, summar
 from drift_jax.reading import check_form, read_json
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, check_batch
+from drift_jax.stages.devices import layout_of_all
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.engines import ENGINES
 from drift_jax.stages.export import export_stage
 from drift_jax.stages.identity import export_identity, sample_identity, sampling_job, train_identity
-from drift_jax.stages.inputs import Summary, load_split, open_tokenizer, records_path, run_lock
+from drift_jax.stages.inputs import Summary, load_split, open_tokenizer, records_path, refuse_held_out, run_lock
 from drift_jax.stages.pair import check_choosing, pair_stage
 from drift_jax.stages.sample import sample_stage
 from drift_jax.stages.showcase import showcase_stage
@@ -73,6 +74,8 @@ def run(config: RunConfig, console: Console, part: Part | None = None) -> Path:
     on_main(lambda: check_run(config, initial, trains))
     if config.recipe.iterations:
         ENGINES[config.sampling.engine](config, initial)
+    if config.recipe.showcase_prompts and trains:
+        layout_of_all(config, on_each(lambda: load_qwen_config(initial)))
     with run_lock(run_dir):
         recipe = Recipe(config, run_dir, console, part)
         policy = initial
@@ -113,12 +116,15 @@ def check_run(config: RunConfig, model_dir: Path, trains: bool = True) -> None:
         check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
         param_shardings(declare_qwen(load_qwen_config(model_dir))[1], layout)
     check_trackers(config.tracking.trackers)
-    open_tokenizer(model_dir)
+    open_tokenizer(model_dir, config.data.thinking)
     check_weights(model_dir)
     for path in filter(None, (config.data.seed_train, config.data.seed_test)):
         read_pairs(path, config.data.on_bad_row)
     if config.recipe.iterations:
-        load_split(config, str(records_path(config)))
+        records = records_path(config)
+        split = load_split(config, str(records))
+        if not any(stage.startswith("iter_") for stage in Manifest(Path(config.run_dir)).stages()):
+            refuse_held_out(split, records)  # a run that has begun otherwise goes on as it began
         check_choosing(config)
 
 
@@ -151,7 +157,7 @@ class Recipe:
         name, out_dir = f"iter_{iteration}", self.run_dir / f"iter_{iteration}"
         records = records_path(self.config)
         keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, records))
-        job = sampling_job(self.config, inputs, policy)
+        job = on_main(lambda: sampling_job(self.config, inputs, policy))
         sample = partial(sample_stage, self.config, policy, str(records), out_dir, self.console, job)
         self._stage(f"{name}/sample", keys, inputs, sample, "sampling")
         pair = partial(pair_stage, self.config, inputs["policy"], str(records), out_dir, self.console)

@@ -1,10 +1,10 @@
-"""What devices send each other for a new token while the JAX sampler draws, as one line of JSON. No device is needed.
+"""What devices send each other in a decoding step of the JAX sampler, as one line of JSON. No device is needed.
 
     python scripts/bench_sampler_mesh.py [--model qwen2.5-7b] [--topology h100:8] [--rows 128] [--set KEY=VALUE ...]
 
 The decoding loop is compiled for the whole slice (or for one host of it, where the policy fits there) twice: split as
-the sampler splits it, and over `fsdp`, as training is split by default. `mb_per_token` and `fsdp_mb_per_token` are
-what one device gets from others for each new token of its rows, in 1e6 bytes; `ratio` is the second over the first.
+the sampler splits it, and over `fsdp`, as training is split by default. `mb_per_step` and `fsdp_mb_per_step` are
+what one device gets from others for a new token of every row, in 1e6 bytes; `ratio` is the second over the first.
 Where the program over `fsdp` does not fit, `fsdp_failed` has the compiler's words.
 `gib_per_device` is all that the program holds. A topology of TPUs needs libtpu, one of GPUs jax's CUDA plugin.
 """
@@ -27,6 +27,7 @@ from drift_jax.errors import DriftError  # noqa: E402
 from drift_jax.plan.slices import open_slice  # noqa: E402
 
 if TYPE_CHECKING:
+    from drift_jax.plan.collectives import Collective
     from drift_jax.plan.programs import Programs
     from drift_jax.sharding import Layout
 
@@ -78,8 +79,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "topology": args.topology,
         "rows": config.sampling.batch_size,
         "mesh": ours.sizes,
-        "mb_per_token": round(bytes_ours / 1e6, 3),
-        "fsdp_mb_per_token": round(bytes_fsdp / 1e6, 3) if bytes_fsdp else None,
+        "mb_per_step": round(bytes_ours / 1e6, 3),
+        "fsdp_mb_per_step": round(bytes_fsdp / 1e6, 3) if bytes_fsdp else None,
         "ratio": round(bytes_fsdp / bytes_ours, 1) if bytes_fsdp and bytes_ours else None,
         "fsdp_failed": failed,
         "weights_mb": round(model.num_parameters * jax.numpy.dtype(config.sampling.compute_dtype).itemsize / 1e6, 3),
@@ -91,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compile_sampler(programs: Programs, layout: Layout) -> tuple[float, float, float]:
-    """(bytes that a device gets for each new token, GiB that the program holds, seconds of its compilation)."""
+    """(bytes that a device gets in a step, GiB that the program holds, seconds of its compilation)."""
     from drift_jax.plan.collectives import find_collectives
     from drift_jax.plan.hlo import read_program
     from drift_jax.plan.rows import GIB, total_bytes
@@ -102,7 +103,14 @@ def compile_sampler(programs: Programs, layout: Layout) -> tuple[float, float, f
     program = read_program(compiled.as_text())
     sent = find_collectives(program, dict(layout.mesh.shape), programs.count_region)
     tokens = programs.config.sampling.max_new_tokens
-    return sum(c.total_bytes for c in sent) / tokens, total_bytes(compiled) / GIB, seconds
+    return sum(received(c) for c in sent) / tokens, total_bytes(compiled) / GIB, seconds
+
+
+def received(collective: Collective) -> float:
+    """Bytes that one device gets from others, on a ring: of a gather all but its own part, of a sum that twice."""
+    devices = max(map(len, collective.groups), default=1)
+    others = 1.0 if collective.kind == "collective-permute" else (devices - 1) / devices
+    return collective.total_bytes * others * (2 if collective.kind == "all-reduce" else 1)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import DataError, StageError
 from drift_jax.evaluation.preference import preference_numbers
 from drift_jax.manifest import Manifest
-from drift_jax.recipe import run
+from drift_jax.recipe import check_run, run
 from drift_jax.records import read_pairs
 from drift_jax.report.card import render_card
 from drift_jax.report.page import render_page
@@ -289,3 +289,18 @@ def test_holding_out_every_row_is_refused(base: Path, tmp_path: Path) -> None:
     config = make_config(base, tmp_path / "run", data={"seed_train": None, "test_rows": 16})
     with pytest.raises(DataError, match="has 16 usable rows and data.test_rows holds 16 of them out"):
         run(config, Console(file=io.StringIO()))
+
+
+def test_rows_that_were_held_out_are_not_trained_on(base: Path, tmp_path: Path) -> None:
+    """Before anything is computed; a run that began before this was looked at goes on as it began."""
+    rows = [json.loads(line) for line in (base / "dsat.jsonl").read_text().splitlines()]
+    marked = [row | {"meta": {"split": "test" if i < 6 else "train"}} for i, row in enumerate(rows)]
+    records = tmp_path / "mined.jsonl"
+    records.write_text("".join(json.dumps(row) + "\n" for row in marked))
+    config = make_config(base, tmp_path / "run", data={"dsat": str(records), "test_rows": 4})
+    model = base / "model"
+    with pytest.raises(DataError, match=r"mined.jsonl: 2 of the records to train on were held out .* Set it to 6, or"):
+        check_run(config, model)
+    check_run(make_config(base, tmp_path / "run", data={"dsat": str(records), "test_rows": 6}), model)
+    Manifest(tmp_path / "run").enter("iter_1/sample", {}, {})
+    check_run(config, model)

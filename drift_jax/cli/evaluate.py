@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -332,7 +333,7 @@ def _answers(
     if cut:
         said.append(f"{cut} of {len(answers.by_id)} answers have no end (sampling.max_new_tokens)")
     names = ("engine", "temperature", "top_p", "top_k", "max_new_tokens", "max_input_length", "seed")
-    drawn = {name: getattr(fitted.sampling, name) for name in names}
+    drawn = {name: getattr(fitted.sampling, name) for name in names} | {"thinking": fitted.data.thinking}
     return {name: answer.text for name, answer in answers.by_id.items()}, drawn, "; ".join(said) or None
 
 
@@ -373,7 +374,7 @@ def _reference(given: str) -> tuple[str, dict[str, str]]:
 
 def _label(model: str) -> str:
     """A model by its directory; RUN/iter_2/hf is RUN-iter_2, also where it is named from within RUN."""
-    path = Path(model).absolute() if Path(model).is_dir() else Path(model)
+    path = Path(os.path.abspath(model)) if Path(model).is_dir() else Path(model)
     return "-".join(path.parts[-3:-1]) if len(path.parts) > 2 and path.name == "hf" else path.name or model
 
 

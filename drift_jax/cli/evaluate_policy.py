@@ -226,9 +226,19 @@ def without_devices(given: dict[str, Any]) -> bool:
     return False
 
 
+def _config_of_run(path: Path, changes: list[str]) -> RunConfig:
+    from drift_jax.config import load_config
+    from drift_jax.yaml_files import read_yaml
+
+    data = read_yaml(path).get("data")
+    # Runs from before there was the key were made as `template` says.
+    before = [] if isinstance(data, dict) and "thinking" in data else ["data.thinking=template"]
+    return load_config(path, [*before, *changes])
+
+
 def _config_of(model: str, run: Path | None, file: Path | None, changes: list[str]) -> RunConfig:
     """Of a run its own; of a model `file`, or defaults."""
-    from drift_jax.config import build_config, load_config
+    from drift_jax.config import build_config
     from drift_jax.evaluation.settings import name_model
     from drift_jax.stages.preference import run_folder
     from drift_jax.yaml_files import read_yaml
@@ -236,7 +246,7 @@ def _config_of(model: str, run: Path | None, file: Path | None, changes: list[st
     if run is not None:
         if file is not None:
             raise ConfigError(f"{run} has a config of its own: leave --config out, and change keys with --set.")
-        return on_each(lambda: load_config(run_folder(run) / "config.yaml", changes))
+        return on_each(lambda: _config_of_run(run_folder(run) / "config.yaml", changes))
     raw: dict[str, Any] = on_each(lambda: read_yaml(file)) if file is not None else {"run_dir": "."}
     name_model(raw, model, changes)
     return on_each(lambda: build_config(raw, source=str(file) if file is not None else "the options"))

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.errors import ConfigError
+from drift_jax.files import is_address
 from drift_jax.progress import PrintableOnly
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")]
@@ -25,7 +26,15 @@ OnBadRow = Annotated[
     ),
 ]
 ModelDir = Annotated[str, typer.Option("--model", help="Hugging Face model directory or hub id.")]
-OutDir = Annotated[Path, typer.Option("--out", help="Directory for the results.")]
+
+
+def _refuse_address(path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
+    if path is not None and is_address(path):
+        raise ConfigError(f"--out {path}: that is an address. Mount the bucket and give the mounted path.")
+    return path
+
+
+OutDir = Annotated[Path, typer.Option("--out", help="Directory for the results.", callback=_refuse_address)]
 
 
 def changes_of(overrides: list[str] | None, on_bad_row: str | None, **keys: object) -> list[str]:

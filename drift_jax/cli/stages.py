@@ -76,7 +76,7 @@ def sample(
     from drift_jax.manifest import Manifest
     from drift_jax.models.hf import check_weights
     from drift_jax.stages.identity import sample_identity, sampling_job
-    from drift_jax.stages.inputs import load_split, open_tokenizer, run_lock
+    from drift_jax.stages.inputs import open_tokenizer, run_lock
     from drift_jax.stages.pair import check_choosing, pair_stage
     from drift_jax.stages.sample import sample_stage
 
@@ -86,14 +86,14 @@ def sample(
     model_dir = on_each(lambda: resolve(model, resolved))
     # All that the user can mend is refused before anything is written.
     on_main(lambda: check_choosing(resolved))
-    on_main(lambda: open_tokenizer(model_dir) and None)
+    on_main(lambda: open_tokenizer(model_dir, resolved.data.thinking) and None)
     on_main(lambda: check_weights(model_dir))
-    on_main(lambda: load_split(resolved, str(input)) and None)
+    on_main(lambda: _check_records(resolved, input, out))
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
         keys, inputs = on_main(lambda: sample_identity(resolved, manifest, model_dir, input))
         if not on_main(lambda: manifest.enter("sample", keys, inputs)):
-            job = sampling_job(resolved, inputs, model_dir)
+            job = on_main(lambda: sampling_job(resolved, inputs, model_dir))
             summary = sample_stage(resolved, model_dir, str(input), out, console, job)
             summary |= on_main(lambda: pair_stage(resolved, inputs["policy"], str(input), out, console))
             on_main(lambda: manifest.finish("sample", summary))
@@ -147,7 +147,7 @@ def train(
     model_dir = on_each(lambda: resolve(model, resolved))
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     for directory in dict.fromkeys((model_dir, reference_dir)):
-        on_main(lambda directory=directory: open_tokenizer(directory) and None)
+        on_main(lambda directory=directory: open_tokenizer(directory, resolved.data.thinking) and None)
         on_main(lambda directory=directory: check_weights(directory))
     train_pairs, test_pairs = _find_pairs(pairs, resolved.data.on_bad_row, console)
     job = TrainJob(model_dir, reference_dir, train_pairs, test_pairs, out, resolved.train.epochs)
@@ -158,6 +158,15 @@ def train(
             summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
             on_main(lambda: manifest.finish("train", summary))
         console.print_json(data=on_main(lambda: manifest.summary("train")))
+
+
+def _check_records(config: RunConfig, records: Path, out: Path) -> None:
+    from drift_jax.manifest import Manifest
+    from drift_jax.stages.inputs import load_split, refuse_held_out
+
+    split = load_split(config, str(records))
+    if "sample" not in Manifest(out).stages():
+        refuse_held_out(split, records)
 
 
 def _find_pairs(folder: Path, on_bad_row: Literal["error", "skip"], console: Console) -> tuple[Path, Path | None]:

@@ -151,6 +151,9 @@ class ChatTokenizer:
         self.knows_system = "system" in template or "<|im_start|>" in template
         self.pad_id = [*pad_ids, *self.eos_ids][0]
         self._check_against_backend()
+        self._told = "enable_thinking" in variables
+        if self._told:
+            self._check_thoughts()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The dialogue as the template writes it: for people; ids come from `encode_chat`."""
@@ -190,6 +193,7 @@ class ChatTokenizer:
             raise DataError(
                 "the chat template writes the prompt differently once the reply follows, so prompt and reply "
                 f"cannot be told apart: {_first_difference(before, whole)}."
+                + (" data.thinking: template takes replies that bring thoughts of their own." if self._told else "")
             )
         ids = self._encode(whole[len(before) :], shield)
         if self.turn_end_id not in ids:
@@ -284,6 +288,13 @@ class ChatTokenizer:
                 f"added token of the tokenizer; after the assistant's text it writes {tail!r}."
             )
         return self._control[match[0]]
+
+    def _check_thoughts(self) -> None:
+        """That prompts which end with an empty thought are the beginning of prompts with their replies."""
+        try:
+            self.encode_reply(PROBE[:1], "A reply.")
+        except DataError as error:
+            raise ModelError(f"{error} Set data.thinking to template for this model.") from None
 
     def _check_against_backend(self) -> None:
         # Holds for added tokens and pre-tokenizers that treat each stretch of text on its own. The exceptions

@@ -21,7 +21,7 @@ _WHAT_IS_DRAWN = ("n", "chooser", "on_cut", "style")
 def build_evaluation_config(
     model: str, out_dir: Path, drawing: Mapping[str, Any], file: Path | None, overrides: Sequence[str]
 ) -> RunConfig:
-    """Of `file` the engine, mesh, vLLM and judge are taken; how answers are drawn is `drawing`; `overrides` win.
+    """Of `file` all is taken but how answers are drawn, which is `drawing`; `overrides` win.
 
     Raises:
       ConfigError: a key is unknown, has an impossible value, or is said by the command itself.

@@ -185,8 +185,9 @@ class _Folder:
 
     def check_names(self) -> None:
         """Raises `StageError` where more than a model would be replaced; on process 0."""
-        for path in (self._out_dir, self._path, self._old):
-            _check_replaceable(path)
+        with self._refusals():
+            for path in (self._out_dir, self._path, self._old):
+                _check_replaceable(path)
 
     def make(self) -> None:
         """An empty directory; on process 0."""
@@ -292,16 +293,19 @@ def _check_replaceable(directory: Path) -> None:
     """Raises `StageError` for what is there and no model's directory: an export takes the whole name."""
     if not directory.exists():
         return
-    if directory.is_dir():
-        entries = list(directory.iterdir())
-        # A killed export has left weights without a config.
-        of_model = any(path.name == "config.json" or path.suffix == ".safetensors" for path in entries)
-        if not entries or (of_model and not any(path.is_dir() for path in entries)):
-            return
-    raise StageError(
-        f"{directory} is there and holds more than a model, all of which would be replaced. Give the model a directory "
-        f"of its own, such as {directory / 'hf'}."
-    )
+    if not directory.is_dir():
+        raise StageError(f"{directory} is there and is no directory. Give the model a directory of its own.")
+    entries = list(directory.iterdir())
+    if not entries:
+        return
+    # A killed export has left weights without a config.
+    of_model = any(path.suffix == ".safetensors" or path.name == "config.json" for path in entries)
+    if not of_model or any(path.is_dir() for path in entries):
+        what = "more than a model" if of_model else "no model"
+        raise StageError(
+            f"{directory} is there and holds {what}: all of it would be replaced. Give the model a directory of its "
+            f"own, such as {directory / 'hf'}."
+        )
 
 
 _SHARE = "Several processes write one directory: name one on storage that all hosts share."

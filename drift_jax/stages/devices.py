@@ -69,9 +69,9 @@ def split_for_sampling(
     Raises:
       ConfigError: `sampling.tensor_parallel` does not divide the devices, the heads or the MLP.
     """
-    tensor = config.sampling.tensor_parallel
+    tensor, together = config.sampling.tensor_parallel, linked(devices)
     if tensor is None:
-        tensor = max(n for n in _divisors(linked(devices)) if _divides(n, model.kv_heads, model.mlp))
+        tensor = max(n for n in _divisors(together) if _divides(n, model.kv_heads, model.mlp))
     elif not _divides(tensor, len(devices), model.heads, model.mlp):
         fitting = max(n for n in _divisors(len(devices)) if n <= tensor and _divides(n, model.heads, model.mlp))
         raise ConfigError(
@@ -81,7 +81,10 @@ def split_for_sampling(
         )
     rest, weights = len(devices) // tensor, _weight_bytes(config, model) / tensor
     room = min((limit for limit in limits if limit is not None), default=float("inf"))
-    fsdp = next((n for n in _divisors(rest) if weights / n < _MOST_WEIGHTS * room), rest)
+    # Between slices only rows can be split: one of the two axes has as many parts as there are slices, or a multiple.
+    slices = len(devices) // together if devices[0].platform == "tpu" else 1
+    fitting = [n for n in _divisors(rest) if model.embed % n == 0 and (n % slices == 0 or rest // n % slices == 0)]
+    fsdp = next((n for n in fitting if weights / n < _MOST_WEIGHTS * room), fitting[-1] if fitting else 1)
     return build_layout(MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor), devices)
 
 

@@ -60,8 +60,7 @@ def load_split(config: RunConfig, path: str) -> LoggedSplit:
     """Of records of the kind that the method takes.
 
     Raises:
-      DataError: holding out `data.test_rows` leaves nothing to train on, or leaves rows there that were held out when
-        they were mined.
+      DataError: holding out `data.test_rows` leaves nothing to train on.
     """
     rows = LOGGED_READERS[method_of(config).records](path, config.data.on_bad_row)
     held_out = config.data.test_rows
@@ -70,14 +69,19 @@ def load_split(config: RunConfig, path: str) -> LoggedSplit:
             f"{path} has {len(rows.records)} usable rows and data.test_rows holds {held_out} of them out: "
             "nothing is left to train on. Lower data.test_rows or give more rows."
         )
-    mined = [i for i, record in enumerate(rows.records, 1) if _was_held_out(record.extra)]
-    if mined and mined[-1] > held_out:
-        raise DataError(
-            f"{path}: {len(mined)} rows were held out when they were mined (meta.split is test), and data.test_rows is "
-            f"{held_out}: the others would be trained on. Set data.test_rows to {mined[-1]}, or remove meta.split."
-        )
     train = rows.records[held_out:][: config.data.max_rows]
     return LoggedSplit(rows.records[:held_out], train, rows.left_out)
+
+
+def refuse_held_out(split: LoggedSplit, path: Path) -> None:
+    """Raises `DataError` where records to train on are some that `drift mine` has held out."""
+    places = [i for i, record in enumerate(split.train, len(split.test) + 1) if _was_held_out(record.extra)]
+    if places:
+        raise DataError(
+            f"{path}: {len(places)} of the records to train on were held out when they were mined (meta.split is "
+            f"test), such as {split.train[places[0] - len(split.test) - 1].id}: data.test_rows is {len(split.test)}. "
+            f"Set it to {places[-1]}, or remove meta.split."
+        )
 
 
 def _was_held_out(extra: Mapping[str, Any]) -> bool:

@@ -110,7 +110,7 @@ def _kl(
     prompts = prompts[:: len(prompts) // _KL_PROMPTS or 1]
     if model_dir == base_dir:
         return [0.0] * len(prompts)
-    tokenizer = open_tokenizer(base_dir)
+    tokenizer = open_tokenizer(base_dir, config.data.thinking)
     drawn = {row["id"]: row["token_ids"] for row in read_rows(out / "completions.jsonl")}
     asked = [tokenizer.encode_chat([Message("user", row["prompt"])]) for row in prompts]
     replies = [drawn[f"{row['id']}#0"] for row in prompts]

@@ -323,6 +323,24 @@ def test_a_template_may_be_told_that_there_are_no_thoughts(tiny_dir: Path, tmp_p
     assert load_tokenizer(tiny_dir, "none").content_hash == tiny.content_hash
 
 
+def test_replies_that_think_need_the_template_s_own_way(tiny_dir: Path, tmp_path: Path) -> None:
+    """A logged reply that brings its thought does not begin with an empty one; some templates write none at all."""
+    takes = "message.content.split('</tool_call>')[-1] | trim", "message.content | trim"
+    bare = "<tool_call>\\n\\n</tool_call>\\n\\n' + content", "' + content"
+    whole = THINKING_TEMPLATE.replace(*takes).replace(*bare)
+    with_template(tiny_dir, tmp_path / "m", whole)
+    with pytest.raises(ModelError, match="cannot be told apart.* Set data.thinking to template for this model"):
+        load_tokenizer(tmp_path / "m", "none")
+    # An empty thought unless the reply has one of its own.
+    own = "{%- if 'Thought:' in content %}{{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}{%- elif "
+    asks = THINKING_TEMPLATE.replace(*takes).replace("{%- if message.role", own + "message.role", 1)
+    with_template(tiny_dir, tmp_path / "asks", asks)
+    asked, reply = [Message("user", "Hi")], "Thought: Hm.\n\nHello"
+    with pytest.raises(DataError, match="data.thinking: template takes replies that bring thoughts of their own"):
+        load_tokenizer(tmp_path / "asks", "none").encode_reply(asked, reply)
+    assert load_tokenizer(tmp_path / "asks").encode_reply(asked, reply)
+
+
 def test_reasoning_template_splits(reasoning: ChatTokenizer) -> None:
     ids = reasoning.encode_completion([Message("user", "Hi")], " Hello ")
     assert reasoning.decode(ids, skip_special=False) == "<tool_call>\n\n</tool_call>\n\nHello<|im_end|>"

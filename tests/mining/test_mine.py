@@ -20,7 +20,7 @@ from drift_jax.data.mining.config import MiningConfig, SplitRules
 from drift_jax.data.mining.sources import find_sources
 from drift_jax.errors import DataError
 from drift_jax.records import read_dsat, read_pairs, read_sat
-from drift_jax.stages.inputs import load_split
+from drift_jax.stages.inputs import load_split, refuse_held_out
 from drift_jax.stages.mine import MineJob, mine_stage
 from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.mining.utterances import StubDetector, agent, read_file, stub_detector, user, write_rows  # noqa: F401
@@ -259,8 +259,9 @@ def test_the_card_gives_each_file_its_own_number(drift: Drift, labelled: Path, t
         assert {record.extra["meta"]["split"] for record in split.train} == {"train"}
         assert {record.extra["meta"]["split"] for record in split.test} == {"test"}
     raw = {"run_dir": "r", "model": {"path": "m"}, "recipe": {"method": "spin"}, "data": {"test_rows": given["dsat"]}}
-    with pytest.raises(DataError, match=rf"would be trained on. Set data.test_rows to {given['sat']}, or remove"):
-        load_split(build_config(raw), str(tmp_path / "out/sat.jsonl"))
+    split = load_split(build_config(raw), str(tmp_path / "out/sat.jsonl"))
+    with pytest.raises(DataError, match=rf"held out when they were mined .*Set it to {given['sat']}, or remove"):
+        refuse_held_out(split, tmp_path / "out/sat.jsonl")
 
 
 def test_the_card_of_logs_without_labels_speaks_of_no_sat_records(

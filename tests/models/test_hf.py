@@ -260,12 +260,13 @@ def test_what_is_no_model_is_not_replaced(model_dir: Path, tmp_path: Path) -> No
     (notes / "thesis.txt").write_text("x")
     file.write_text("x")
     before = sorted(tmp_path.rglob("*"))
-    for out in (stage, notes, file, notes / ".." / "notes"):
-        with pytest.raises(StageError, match=f"{out.resolve()} is there and holds more than a model"):
+    refused = {stage: "holds more than a model", notes: "holds no model", file: "is no directory"}
+    for out, why in (refused | {notes / ".." / "notes": "holds no model"}).items():
+        with pytest.raises(StageError, match=f"{out.resolve()} is there and {why}"):
             save_hf(params, model_dir, out, "bfloat16")
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine.txt").write_text("x")
-    with pytest.raises(StageError, match=r"out\.tmp is there and holds more than a model"):
+    with pytest.raises(StageError, match=r"out\.tmp is there and holds no model"):
         save_hf(params, model_dir, tmp_path / "out", "bfloat16")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "out.tmp", tmp_path / "out.tmp" / "mine.txt"])
 

@@ -47,6 +47,7 @@ def config_of(**sampling: object) -> RunConfig:
         ("qwen2.5-7b", 8, 1.0, (1, 2, 4)),  # nothing has: what comes closest
         ("qwen2.5-7b", 8, None, (2, 1, 4)),
         ("qwen2.5-7b", 1, 74.5, (1, 1, 1)),
+        ("qwen2.5-14b", 6, 18.0, (3, 1, 2)),  # a width of 5120 is not divided by three
         ("qwen2.5-7b", 6, 74.5, (3, 1, 2)),  # three do not divide four heads
     ],
 )
@@ -98,5 +99,5 @@ def test_a_token_sends_no_weights(tmp_path: Path) -> None:
     words = [script, "--model", tmp_path, "--topology", "v5e:2x2", "--rows", 64, *changes]
     line = json.loads(run_with_tpu_compiler(words, 120).splitlines()[-1])
     assert line["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
-    assert line["fsdp_mb_per_token"] > line["weights_mb"] / 2
-    assert line["mb_per_token"] < line["weights_mb"] / 10 and line["ratio"] > 5
+    assert line["fsdp_mb_per_step"] > line["weights_mb"] / 2
+    assert line["mb_per_step"] < line["weights_mb"] / 10 and line["ratio"] > 5
