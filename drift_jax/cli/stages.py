@@ -22,7 +22,7 @@ from drift_jax.cli.options import (
     refuse_handbook,
     resolve,
 )
-from drift_jax.config import load_config
+from drift_jax.config import RunConfig, load_config
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
 from drift_jax.parts import NEXT_PART, Part, PartEnd
