@@ -227,13 +227,14 @@ def without_devices(given: dict[str, Any]) -> bool:
 
 
 def _config_of_run(path: Path, changes: list[str]) -> RunConfig:
-    from drift_jax.config import load_config
+    from drift_jax.config import apply_override, build_config, merge_configs
     from drift_jax.yaml_files import read_yaml
 
-    data = read_yaml(path).get("data")
     # Runs from before there was the key were made as `template` says.
-    before = [] if isinstance(data, dict) and "thinking" in data else ["data.thinking=template"]
-    return load_config(path, [*before, *changes])
+    raw = merge_configs({"data": {"thinking": "template"}}, read_yaml(path))
+    for change in changes:
+        apply_override(raw, change)
+    return build_config(raw, source=str(path))
 
 
 def _config_of(model: str, run: Path | None, file: Path | None, changes: list[str]) -> RunConfig:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from drift_jax.cli.evaluate import _label
-from drift_jax.cli.evaluate_policy import _config_of
+from drift_jax.cli.evaluate_policy import _config_of, _config_of_run
 from drift_jax.errors import ConfigError
 from drift_jax.evaluation.settings import WILDBENCH, build_evaluation_config, fit_to_model
 from tests.cli_runs import Drift, drift, write_yaml  # noqa: F401
@@ -105,3 +105,17 @@ def test_a_stage_keeps_its_name_where_it_is_named_from_within_its_run(
     monkeypatch.chdir(tmp_path / "run")
     assert [_label(given) for given in ("iter_2/hf", str(tmp_path / "run/iter_2/hf"))] == ["run-iter_2"] * 2
     assert _label("org/model") == "model"
+
+
+@pytest.mark.parametrize(
+    ("written", "changes", "told"),
+    [("", [], "template"), ("thinking: none", [], "none"), ("", ["data.thinking=none"], "none")],
+)
+def test_a_run_of_before_is_scored_as_it_was_trained(
+    tmp_path: Path, written: str, changes: list[str], told: str
+) -> None:
+    """Its config has no `data.thinking`, which was as `template` says; the default is another one now."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"run_dir: r\nmodel: {{path: m}}\ndata:\n  max_length: 1999\n  {written}\n")
+    config = _config_of_run(path, changes)
+    assert config.data.thinking == told and config.data.max_length == 1999

@@ -90,7 +90,7 @@ def test_the_model_is_split_over_as_many_gpus_as_its_heads_allow(
         ("qwen2.5-0.5b", 8, 2, 4),  # 14 heads, 2 kv heads
         ("qwen2.5-14b", 8, 8, 1),
         ("qwen2.5-3b", 3, 2, 1),
-        ("qwen3-8b", 6, 4, 1),  # a vocabulary of 2374 times 64
+        ("qwen3-8b", 6, 4, 1),  # 32 heads
     ],
 )
 def test_a_published_model_is_split_as_vllm_can(
@@ -105,6 +105,14 @@ def test_a_published_model_is_split_as_vllm_can(
     assert (f"[--data-parallel-size, '{copies}']" in line) == (copies > 1)
     for said in ({"tensor_parallel": ways}, {"args": [f"--data-parallel-size={copies}"]}):
         assert not describe_idle(make(device="cuda", **said).vllm, model)
+
+
+def test_vllm_divides_the_padded_vocabulary_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    model = qwen_config_from_hf(ARCHITECTURES["qwen2.5-1.5b"], "qwen2.5-1.5b")
+    thirds = dataclasses.replace(model, heads=12, kv_heads=3, mlp=6144)
+    for vocab, ways in ((64 * 2374, 1), (64 * 2373, 3), (64 * 2372 + 1, 3)):
+        assert choose_tensor_parallel(make().vllm, dataclasses.replace(thirds, vocab_size=vocab), "cuda") == ways
 
 
 def test_the_key_is_in_the_environment_and_ours_stays_out() -> None:
