@@ -196,6 +196,7 @@ class TrainConfig:
     moment_dtype: DType = "float32"  # of the optimizer's moments; bfloat16: rounded stochastically
     eval_every: PositiveInt | Literal["epoch"] | None = None  # updates between evaluations; null: after the last only
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42  # order of the pairs, and of stochastic rounding
+    reference_cache: str | None = None  # a directory where runs share reference log-probs; null: each makes its own
 
 
 @dataclass(frozen=True)
@@ -369,6 +370,7 @@ def _path_problems(config: RunConfig) -> list[str]:
     data = config.data
     paths = {"run_dir": config.run_dir, "model.path": config.model.path, "data.dsat": data.dsat, "data.sat": data.sat}
     paths |= {"data.seed_train": data.seed_train or "", "data.seed_test": data.seed_test or ""}
+    paths |= {"train.reference_cache": config.train.reference_cache or ""}
     return [
         f"{key}: {path!r} is an address, and files are read and written by path alone. Mount the bucket on every host "
         "(gcsfuse for gs://, mountpoint-s3 for s3://) and give the mounted path."

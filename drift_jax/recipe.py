@@ -196,9 +196,8 @@ class Recipe:
 
     def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
         keys, inputs = on_main(lambda: train_identity(self.config, self.manifest, job))
-        train = partial(
-            self._stage, f"{name}/train", keys | more_keys, inputs, lambda: train_stage(self.config, job, self.console)
-        )
+        work = partial(train_stage, self.config, job, self.console, inputs["reference"])
+        train = partial(self._stage, f"{name}/train", keys | more_keys, inputs, work)
         if train() and not self._is_kept(name, job):
             self.rows.pop()
             train()

@@ -56,7 +56,7 @@ train.schedule
 train.warmup_ratio train.warmup_steps train.max_grad_norm train.on_nonfinite train.weight_decay
 train.adam_beta1 train.adam_beta2 train.adam_epsilon
 train.rmsprop_decay train.rmsprop_epsilon train.master_dtype train.gradient_dtype train.moment_dtype
-train.eval_every train.seed
+train.eval_every train.seed train.reference_cache
 mesh.data mesh.fsdp mesh.tensor mesh.sequence mesh.strategy mesh.rules
 checkpoint.every_steps checkpoint.every_minutes checkpoint.keep
 export.dtype export.max_shard_gib

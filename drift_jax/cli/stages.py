@@ -153,8 +153,9 @@ def train(
     job = TrainJob(model_dir, reference_dir, train_pairs, test_pairs, out, resolved.train.epochs)
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
-        if not on_main(lambda: manifest.enter("train", *export_identity(resolved, manifest, job))):
-            summary = train_stage(resolved, job, console)
+        keys, inputs = on_main(lambda: export_identity(resolved, manifest, job))
+        if not on_main(lambda: manifest.enter("train", keys, inputs)):
+            summary = train_stage(resolved, job, console, inputs["reference"])
             summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
             on_main(lambda: manifest.finish("train", summary))
         console.print_json(data=on_main(lambda: manifest.summary("train")))

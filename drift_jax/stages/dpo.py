@@ -23,6 +23,7 @@ from drift_jax.distributed import on_main
 from drift_jax.evaluation.preference import PairLogps, preference_numbers
 from drift_jax.files import check_checkpoint_place, remove_leftovers, write_json, write_jsonl
 from drift_jax.guards import FiniteWatch, RewardWatch, check_first_loss, check_params_changed
+from drift_jax.manifest import Manifest
 from drift_jax.models.architecture import PAD_EMBEDDINGS
 from drift_jax.models.hf import load_qwen_config
 from drift_jax.models.qwen import declare_qwen
@@ -31,6 +32,7 @@ from drift_jax.progress import StageProgress, stage_progress
 from drift_jax.sharding import Layout, build_layout, check_batch
 from drift_jax.stages.inputs import Summary, open_policy, open_tokenizer
 from drift_jax.stages.reference import RefJournal, RefLogps, share_ref_logps
+from drift_jax.stages.reference_cache import ReferenceCache, reference_key
 from drift_jax.stages.scoring import pair_logps, score_pairs
 from drift_jax.stages.theory import Probe
 from drift_jax.stages.tokens import TokenizedFile, describe_cuts, describe_rules, load_tokenized, sum_drops
@@ -53,8 +55,13 @@ class TrainJob:
     earlier: tuple[Path, ...] = ()  # directories of the stages before: whose margins the theory looks at again
 
 
-def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
-    """Reference pass, then DPO; leaves the last checkpoint, metrics.jsonl and eval.json."""
+def train_stage(config: RunConfig, job: TrainJob, console: Console, reference_hash: str | None = None) -> Summary:
+    """Reference pass, then DPO; leaves the last checkpoint, metrics.jsonl and eval.json.
+
+    Args:
+      reference_hash: `Manifest.model_hash` of the reference, for `train.reference_cache`; None: by a manifest of
+        `out_dir`, which reads the whole model.
+    """
     check_checkpoint_place(job.out_dir)
     layout = build_layout(config.mesh)
     check_batch(layout, config.train.batch_size, config.train.accumulation_steps)
@@ -75,7 +82,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console) -> Summary:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     trainer = build_trainer(config, job.model_dir, layout, steps)
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    run = _Stage(config, job, trainer, train, test, steps, console)
+    run = _Stage(config, job, trainer, train, test, steps, console, reference_hash)
     for message in warnings:
         run.warn(message)
     on_main(lambda: remove_leftovers(job.out_dir))
@@ -116,9 +123,11 @@ class _Stage:
         test: TokenizedFile,
         steps: int,
         console: Console,
+        reference_hash: str | None,
     ) -> None:
         self.config = config
         self.job = job
+        self.reference_hash = reference_hash
         self.trainer = trainer
         self.train = train.pairs
         self.test = test.pairs
@@ -141,12 +150,19 @@ class _Stage:
         job, every = self.job, self.train + self.test
         path = job.out_dir / "ref_logps.npz"
         ref, params = share_ref_logps(path, every), None
+        cache = None if ref is not None else self._cache(every)
+        if cache is not None and on_main(lambda: cache.fetch(path)):
+            ref = share_ref_logps(path, every)
+            found = f"reference log-probs: those of an earlier run, {cache.path}"
+            self.console.print(found, highlight=False, soft_wrap=True, markup=False)
         if ref is None:
             params = self._open(job.reference_dir)
             # First: whoever finds the file does not open the reference again.
             if self.probe is not None and not self.probe.has_reference:
                 self.probe.refer(params)
             ref = self._reference(params)
+            if cache is not None:
+                on_main(lambda: cache.store(path))
             # The reference is dropped here, unless it is the policy itself.
             params = params if job.reference_dir == job.model_dir else None
         self.ref = ref
@@ -260,6 +276,18 @@ class _Stage:
                     self.config, self.trainer, params, self.test, what, self.console, journal.part(count, len(every))
                 )
             return journal.finish()
+
+    def _cache(self, pairs: list[TokenizedPair]) -> ReferenceCache | None:
+        """Where other runs may have left the log-probs of this pass; None: nowhere."""
+        job, directory = self.job, self.config.train.reference_cache
+        # The theory's own pairs want the reference in memory, which nothing else of the stage opens then.
+        apart = self.probe is not None and not self.probe.has_reference and job.reference_dir != job.model_dir
+        if directory is None or apart:
+            return None
+        loader = build_loader(self.config, self.trainer, self.train)
+        model_hash = self.reference_hash or on_main(lambda: Manifest(job.out_dir).model_hash(job.reference_dir))
+        key = reference_key(self.config, self.trainer, loader, self.test, model_hash)
+        return ReferenceCache(Path(directory), key, pairs, self.warn)
 
     def _open(self, model_dir: Path) -> Any:
         """The parameters of a model directory, in the dtype of the master weights."""

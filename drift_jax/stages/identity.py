@@ -35,6 +35,7 @@ _NOT_SHAPING = (
     "train.eval_batch_size",
     "train.eval_every",
     "train.on_nonfinite",
+    "train.reference_cache",
 )
 _JUDGE_KEYS = ("judge.model", "judge.temperature", "judge.max_tokens")  # where the server is shapes nothing
 # What a single completion depends on, beside policy and records.

@@ -37,7 +37,7 @@ class RefLogps(NamedTuple):
 
 def write_ref_logps(path: Path, pairs: list[TokenizedPair], ref: RefLogps) -> None:
     """Raises `StageError` when the disk cannot take it."""
-    ids, tokens = np.array([p.id for p in pairs]), _token_hashes(pairs)
+    ids, tokens = np.array([p.id for p in pairs]), token_hashes(pairs)
     with atomic_writer(path, "wb") as file:
         np.savez(file, ids=ids, tokens=tokens, ref_logps=ref.logps, ref_last_logps=ref.last_logps)
 
@@ -68,7 +68,7 @@ class RefJournal:
     def __init__(self, out_dir: Path, pairs: list[TokenizedPair]) -> None:
         self._pairs, self._path = pairs, out_dir / "ref_logps.npz"
         self._found = np.full((len(pairs), 2, 2), np.nan)  # (log-probs, those of the last tokens) of both sides
-        self._hashes = [tokens[:16] for tokens in _token_hashes(pairs).tolist()]
+        self._hashes = [tokens[:16] for tokens in token_hashes(pairs).tolist()]
         self._journal: Journal | None = None
         self._waiting: list[dict[str, Any]] = []
         self._written = time.monotonic()
@@ -136,7 +136,7 @@ def read_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     stored = read_arrays(path, _REMEDY, StageError)
     if missing := sorted({"tokens", "ref_logps", "ref_last_logps"} - stored.keys()):
         raise StageError(f"{path} has no array {missing[0]}. {_REMEDY}")
-    if not np.array_equal(stored["tokens"], _token_hashes(pairs)):
+    if not np.array_equal(stored["tokens"], token_hashes(pairs)):
         return None
     for name in ("ref_logps", "ref_last_logps"):
         if stored[name].shape != (len(pairs), 2) or stored[name].dtype.kind != "f":
@@ -162,7 +162,9 @@ def share_ref_logps(path: Path, pairs: list[TokenizedPair]) -> RefLogps | None:
     return send(read, lambda ref: np.stack(ref).tobytes(), unpack)
 
 
-def _token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:
+def token_hashes(pairs: Iterable[TokenizedPair]) -> np.ndarray:
+    """Of each pair, a sha256 in hex over the ids of its prompt and both completions."""
+
     def one(pair: TokenizedPair) -> str:
         digest = hashlib.sha256()
         for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
