@@ -158,12 +158,14 @@ class Recipe:
         records = records_path(self.config)
         keys, inputs = on_main(lambda: sample_identity(self.config, self.manifest, policy, records))
         job = on_main(lambda: sampling_job(self.config, inputs, policy))
+        pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
+        if self._reopen_lost(f"{name}/pair", *pairs):  # only then are completions needed again
+            self._reopen_lost(f"{name}/sample", out_dir / "completions.jsonl")
         sample = partial(sample_stage, self.config, policy, str(records), out_dir, self.console, job)
         self._stage(f"{name}/sample", keys, inputs, sample, "sampling")
         pair = partial(pair_stage, self.config, inputs["policy"], str(records), out_dir, self.console)
         self._stage(f"{name}/pair", keys, inputs, lambda: on_main(pair))
         reference = {"previous": policy, "initial": initial}[self.config.recipe.reference]
-        pairs = (out_dir / "pairs.train.jsonl", out_dir / "pairs.test.jsonl")
         earlier = tuple(self.run_dir / of for of in ("seed", *(f"iter_{k}" for k in range(1, iteration))))
         job = TrainJob(policy, reference, pairs[0], pairs[1], out_dir, self.config.train.epochs, earlier)
         return self._train_and_export(name, job, {"recipe.reference": self.config.recipe.reference})
@@ -178,6 +180,7 @@ class Recipe:
             path = self.run_dir / "showcase.json"
             # More iterations make another policy to show.
             on_main(lambda: self.manifest.renew("showcase", keys, inputs))
+            self._reopen_lost("showcase", path)
             self._stage(
                 "showcase", keys, inputs, lambda: showcase_stage(self.config, initial, policy, path, self.console)
             )
@@ -195,13 +198,14 @@ class Recipe:
         self.console.print(f"policy: {policy}", highlight=False, soft_wrap=True, markup=False)
 
     def _train_and_export(self, name: str, job: TrainJob, more_keys: dict[str, Any]) -> Path:
+        hf, checkpoints = job.out_dir / "hf", job.out_dir / "checkpoints"
+        self._reopen_lost(f"{name}/export", hf)
         keys, inputs = on_main(lambda: train_identity(self.config, self.manifest, job))
         work = partial(train_stage, self.config, job, self.console, inputs["reference"])
         train = partial(self._stage, f"{name}/train", keys | more_keys, inputs, work)
         if train() and not self._is_kept(name, job):
             self.rows.pop()
             train()
-        hf, checkpoints = job.out_dir / "hf", job.out_dir / "checkpoints"
         keys, inputs = on_main(lambda: export_identity(self.config, self.manifest, job))
         self._stage(
             f"{name}/export",
@@ -227,6 +231,19 @@ class Recipe:
                     f"{name}/train is to be done again from what is left: {problem}", style="yellow", soft_wrap=True
                 )
             return problem is None
+
+        return on_main(look)
+
+    def _reopen_lost(self, stage: str, *made: Path) -> bool:
+        """Opens a finished stage again where something that it made is gone. Returns whether it is open."""
+
+        def look() -> bool:
+            lost = [str(path) for path in made if not path.exists()]
+            if lost and self.manifest.is_finished(stage):
+                self.manifest.reopen(stage)
+                what = f"{stage} is to be done again: {' and '.join(lost)} is gone"
+                self.console.print(what, style="yellow", highlight=False, soft_wrap=True, markup=False)
+            return not self.manifest.is_finished(stage)
 
         return on_main(look)
 

@@ -212,6 +212,45 @@ def test_other_prompts_are_shown_anew(finished: tuple[Path, str], base: Path, tm
     assert [answer["prompt"] for answer in json.loads((run_dir / "showcase.json").read_text())] == ["Why?"]
 
 
+def test_what_is_gone_is_made_again(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
+    """By the stage that made it and by no other; completions only where pairs are to be made of them."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    shutil.rmtree(run_dir / "iter_2/hf")
+    gone = ("iter_1/pairs.train.jsonl", "iter_1/completions.jsonl", "showcase.json")
+    for name in gone:
+        (run_dir / name).unlink()
+    (run_dir / "iter_2/completions.jsonl").unlink()
+    output = run_quietly(make_config(base, run_dir))
+    again = ("iter_1/pair", "iter_1/sample", "iter_2/export", "showcase")
+    for stage in again:
+        assert f"{stage} is to be done again: " in output
+    assert output.count("finished before, skipped") == len(STAGES) + 1 - len(again)
+    for name in (*gone, "iter_2/hf/model.safetensors"):
+        assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    assert not (run_dir / "iter_2/completions.jsonl").exists()
+    assert "done again" not in run_quietly(make_config(base, run_dir))
+
+
+def test_with_reference_initial_every_iteration_is_compared_with_the_first_policy(base: Path, tmp_path: Path) -> None:
+    config = make_config(base, tmp_path / "run", recipe={"reference": "initial", "showcase_prompts": []})
+    run_quietly(config)
+    run_dir, numbers = tmp_path / "run", {}
+    for name in ("iter_1", "iter_2"):
+        written = json.loads((run_dir / name / "eval.json").read_text())["preference"]
+        assert written.pop("reference") == str(base / "model")
+        numbers[name] = written
+    targets = find_targets(config, run_dir, None)
+    assert [target.reference for target in targets[1:]] == [base / "model"] * 2
+    pairs = run_dir / "iter_2/pairs.test.jsonl"
+    scored = score_targets(config, targets, pairs, Console(file=io.StringIO()))
+    found = preference_numbers(scored.of["iter_2"], config.train.beta)
+    assert flat(numbers["iter_2"]) == pytest.approx(flat(found), rel=1e-4, abs=1e-5, nan_ok=True)
+    # The policy has moved away from it before this iteration: unlike with `previous`, its first loss is not ln 2.
+    first = read_metrics(run_dir / "iter_2")[0]
+    assert abs(first["loss"] - 0.001 * first["nll_loss"] - np.log(2)) > 1e-3
+
+
 def test_an_interrupted_sampling_goes_on_from_its_journal(
     finished: tuple[Path, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

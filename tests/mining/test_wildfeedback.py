@@ -110,6 +110,18 @@ def test_booleans_as_csv_and_pandas_have_them(true: Any, false: Any) -> None:
     assert "both_labels" not in mined[0].evidence
 
 
+@pytest.mark.parametrize("true, false", [("True", "False"), ("true", "false"), (1.0, 0.0), (True, False)])
+@pytest.mark.parametrize("flag", ["toxic", "redacted"])
+def test_flags_as_csv_and_pandas_have_them(flag: str, true: Any, false: Any) -> None:
+    rows = [user(0, "a"), agent(1, "b"), user(2, "c", dsat=True)]
+    mined, reader, refused = mine(
+        [row | {flag: false, "toxic" if flag == "redacted" else "redacted": ""} for row in rows]
+    )
+    assert (names(mined, "dsat"), refused) == ([3], []) and not reader.left_out
+    mined, reader, refused = mine([row | {flag: true} for row in rows])
+    assert (mined, refused, dict(reader.left_out)) == ([], [], {f"dsat: {flag}": 1})
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -120,6 +132,7 @@ def test_booleans_as_csv_and_pandas_have_them(true: Any, false: Any) -> None:
         ({"Content": 7}, "Content must be a string, found 7"),
         ({"Disatisfaction": "maybe"}, "Disatisfaction must be true or false, found 'maybe'"),
         ({"Satisfaction": [True]}, "Satisfaction must be true or false, found [True]"),
+        ({"toxic": "perhaps"}, "toxic must be true or false, found 'perhaps'"),
     ],
 )
 def test_a_row_that_breaks_the_format(change: dict[str, Any], why: str) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, final
 
 from drift_jax.data.mining.config import ModerationRules
 from drift_jax.data.mining.dialogue import Conversation, Turn
-from drift_jax.data.mining.text_rows import BadRow
+from drift_jax.data.mining.text_rows import BadRow, name_keys, unpack_cell
 from drift_jax.data.mining.wildfeedback import Refuse
 from drift_jax.records import Row
 
@@ -43,6 +43,7 @@ def columns(log_format: str) -> tuple[str, ...]:
     return (_KEYS[log_format][0], *_ID_KEYS, *_FLAGS, "openai_moderation")
 
 
+@final
 class Conversations:
     """Reads conversations one after the other; holds one."""
 
@@ -72,10 +73,9 @@ class Conversations:
 
     def _read_row(self, row: Row) -> tuple[str, list[Turn]]:
         """Why nothing can be used of a row, and its turns otherwise."""
-        items = row.get(self._list_key)
+        items = unpack_cell(row.get(self._list_key))
         if not isinstance(items, list):
-            found = ", ".join(row)[:200] or "nothing"
-            raise ValueError(f"{self._list_key} must be a list of turns; the row holds {found}")
+            raise ValueError(f"{self._list_key} must be a list of turns{name_keys(row)}")
         flag = self._flag(row, items)
         turns: list[Turn] = []
         cut = ""
@@ -120,7 +120,7 @@ class Conversations:
         for flag in _FLAGS:
             if getattr(self._moderation, flag) == "drop" and any(_is_set(holder, flag) for holder in (row, *items)):
                 return flag
-        verdicts = row.get("openai_moderation") or []
+        verdicts = unpack_cell(row.get("openai_moderation")) or []
         if not isinstance(verdicts, list):
             raise ValueError(f"openai_moderation must be a list, found {verdicts!r:.80}")
         if self._moderation.moderated == "drop" and any(_is_set(verdict, "flagged") for verdict in verdicts):

@@ -30,6 +30,12 @@ class BadRow(NamedTuple):
 
 
 Numbered = tuple[int, Row | BadRow]  # the row's number, from 1
+HOLDS = "; the row holds "  # in what is said of a row that lacks what its format is known by
+
+
+def name_keys(row: Row) -> str:
+    """The end of a message on a field that is not there: the row may be of another format."""
+    return HOLDS + (", ".join(row)[:200] or "nothing")
 
 
 @final
@@ -101,6 +107,7 @@ def array_rows(file: io.BufferedReader) -> Iterator[Numbered]:
         yield number + 1 if number == 0 else number, BadRow(f"not JSON: {error}; what follows was not read")
 
 
+@final
 class _Pending:
     """The text of an array that was read and not yet taken; grows by the element that is being looked for."""
 
@@ -152,7 +159,7 @@ class _Pending:
 
 
 def csv_rows(file: io.BufferedReader) -> Iterator[Numbered]:
-    """Rows are numbered without the header. Empty cells are None; cells of lists and objects hold JSON."""
+    """Rows are numbered without the header. Empty cells are None, all others text: see `unpack_cell`."""
     csv.field_size_limit(LONGEST_ROW)
     rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)  # pyright: ignore
     number = 0
@@ -167,21 +174,23 @@ def csv_rows(file: io.BufferedReader) -> Iterator[Numbered]:
             if len(cells) != len(header):
                 yield number, BadRow(f"{len(cells)} cells where the header has {len(header)}")
             else:
-                yield number, {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
+                yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except (csv.Error, UnicodeDecodeError) as error:
         cut = f"; {_CUT_OFF}" if "unexpected end" in str(error) else "; what follows was not read"
         yield number + 1, BadRow(f"not CSV: {error}{cut}")
 
 
-def _cell(cell: str) -> Any:
-    if not cell:
-        return None
-    if cell[0] in "[{":
+def unpack_cell(value: Any) -> Any:
+    """The list or object that text holds as JSON, as a cell of CSV does; anything else as it is.
+
+    For whoever needs a list or an object: a message may well begin with a bracket.
+    """
+    if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
-            return orjson.loads(cell)
+            return orjson.loads(value)
         except ValueError:
-            return cell  # text that begins with a bracket
-    return cell
+            return value
+    return value
 
 
 def _kind(value: Any) -> str:

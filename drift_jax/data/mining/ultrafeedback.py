@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 from drift_jax.data.mining.config import UltraFeedbackRules
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.text_rows import BadRow
+from drift_jax.data.mining.text_rows import BadRow, name_keys, unpack_cell
 from drift_jax.data.mining.wildfeedback import Refuse
 from drift_jax.records import Message, Row
 
@@ -30,6 +30,7 @@ def columns(rules: UltraFeedbackRules) -> tuple[str, ...]:
     return tuple(path.partition(".")[0] for path in (rules.prompt, rules.completions))
 
 
+@final
 class ScoredPrompts:
     """Reads prompts with their scored responses, one after the other."""
 
@@ -54,11 +55,11 @@ class ScoredPrompts:
 
     def _read_row(self, row: Row) -> tuple[str, list[_Scored]]:
         rules = self._rules
-        prompt, completions = _get(row, rules.prompt), _get(row, rules.completions)
+        prompt, completions = _get(row, rules.prompt), unpack_cell(_get(row, rules.completions))
         if not isinstance(prompt, str):
-            raise ValueError(f"{rules.prompt} must be text, found {prompt!r:.80}")
+            raise ValueError(f"{rules.prompt} must be text{_found(prompt, row)}")
         if not isinstance(completions, list):
-            raise ValueError(f"{rules.completions} must be a list, found {completions!r:.80}")
+            raise ValueError(f"{rules.completions} must be a list{_found(completions, row)}")
         scored = []
         for i, completion in enumerate(completions):
             response, score = _get(completion, rules.response), _get(completion, rules.score)
@@ -112,8 +113,13 @@ def _describe(one: _Scored) -> dict[str, Any]:
 def _get(holder: Any, path: str) -> Any:
     """The value under keys joined by dots; None where one of them is missing."""
     for key in path.split("."):
+        holder = unpack_cell(holder)
         holder = holder.get(key) if isinstance(holder, dict) else None
     return holder
+
+
+def _found(value: Any, row: Row) -> str:
+    return name_keys(row) if value is None else f", found {value!r:.80}"
 
 
 def _number(value: Any, where: str) -> float | None:

@@ -12,11 +12,11 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 from drift_jax.data.mining.config import ModerationRules, WildFeedbackRules
 from drift_jax.data.mining.mined import Mined
-from drift_jax.data.mining.text_rows import BadRow, Numbered
+from drift_jax.data.mining.text_rows import BadRow, Numbered, name_keys
 from drift_jax.records import Message, Row
 
 # As published, spelling included.
@@ -58,6 +58,7 @@ class Label(NamedTuple):
     sat: bool
 
 
+@final
 class LabelledConversations:
     """Reads rows one after the other; holds the rows of one conversation."""
 
@@ -101,7 +102,7 @@ class LabelledConversations:
         """Takes a row into the conversation; its labels if one is true. Raises `ValueError` for a broken row."""
         place = row.get("UtteranceId")
         if type(place) is not int or place < 0:
-            place = _integer(place)
+            place = _integer(row)
         name = row.get("Role")
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
@@ -117,6 +118,7 @@ class LabelledConversations:
                 dsat = sat = False
             else:
                 dsat, sat = self._boolean("Disatisfaction", dsat, role), self._boolean("Satisfaction", sat, role)
+        flag = self._flag(row)
         if place == 0:
             self.conversations += 1
             self._start_conversation(f"{source}:{number}", "")
@@ -128,14 +130,19 @@ class LabelledConversations:
                 self._trouble = TURNS
             elif not content or content.isspace():
                 self._trouble = EMPTY
-            elif (row.get("toxic") or row.get("redacted")) and self._flag(row):
-                self._trouble = self._flag(row)
+            elif flag:
+                self._trouble = flag
             else:
                 self._turns.append(content)
         return Label(dsat, sat) if dsat or sat else None
 
     def _flag(self, row: Row) -> str:
-        return next((f for f in ("toxic", "redacted") if row.get(f) and getattr(self._moderation, f) == "drop"), "")
+        """The first flag by which the row is left out, and all behind it."""
+        for flag in ("toxic", "redacted"):
+            value = row.get(flag)
+            if value and (value is True or _read_boolean(flag, value)) and getattr(self._moderation, flag) == "drop":
+                return flag
+        return ""
 
     def _judge(self, name: str, label: Label, row: Row) -> Iterator[Mined]:
         """What the labels of the row that was added last say about the rows before it."""
@@ -186,11 +193,8 @@ class LabelledConversations:
         return ""
 
     def _boolean(self, column: str, value: Any, role: str) -> bool:
-        """A label; text and numbers are read too, as CSV and pandas have them. Missing ones follow `missing_label`."""
-        key = value.strip().lower() if isinstance(value, str) else value
-        if isinstance(key, (list, dict)) or (key is not None and key == key and key not in _BOOLEANS):
-            raise ValueError(f"{column} must be true or false, found {value!r:.80}")
-        read = None if key is None or key != key else _BOOLEANS[key]
+        """A label. Missing ones follow `missing_label`."""
+        read = _read_boolean(column, value)
         if read is None and role == "user":
             self.labels[f"missing {column}"] += 1
             if self._rules.missing_label == "bad_row":
@@ -198,15 +202,25 @@ class LabelledConversations:
         return bool(read)
 
 
-def _integer(value: Any) -> int:
-    """CSV has text, pandas floats."""
+def _read_boolean(column: str, value: Any) -> bool | None:
+    """Text and numbers are read too, as CSV and pandas have them; None: it is missing. Raises `ValueError`."""
+    key = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(key, (list, dict)) or (key is not None and key == key and key not in _BOOLEANS):
+        raise ValueError(f"{column} must be true or false, found {value!r:.80}")
+    return None if key is None or key != key else _BOOLEANS[key]
+
+
+def _integer(row: Row) -> int:
+    """The row's UtteranceId: CSV has text, pandas floats."""
+    value: Any = row.get("UtteranceId")
     try:
         number = float(value)
         if number == int(number) and number >= 0 and not isinstance(value, bool):
             return int(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"UtteranceId must be an integer of at least 0, found {value!r:.80}")
+    found = name_keys(row) if value is None else f", found {value!r:.80}"
+    raise ValueError(f"UtteranceId must be an integer of at least 0{found}")
 
 
 def _evidence(row: Row, kind: str, label: Label) -> dict[str, Any]:
