@@ -20,7 +20,7 @@ from drift_jax.data.tokenizer import load_tokenizer
 from drift_jax.errors import ConfigError, DataError, StageError
 from drift_jax.manifest import Manifest
 from drift_jax.methods import Method, load_method, method_names
-from drift_jax.records import Pair, read_pairs
+from drift_jax.records import Message, Pair, read_pairs
 from drift_jax.stages.identity import sample_identity, sampling_job
 from drift_jax.stages.inputs import load_split, records_path
 from drift_jax.stages.pair import check_choosing, pair_stage
@@ -119,6 +119,8 @@ def test_both_sides_come_from_where_the_method_says(folder: Path, tmp_path: Path
     records = hashlib.sha256((folder / f"{kind}.jsonl").read_bytes()).hexdigest()
     tokenizer = load_tokenizer(folder / "tokenizer")
     for name, pair in pairs.items():
+        # Whatever was shown to the sampler: the complaint, and the reply that it is about, are no part of the pair.
+        assert pair.prompt == (Message("user", f"Tell me a story about number {name[1:]}."),)
         assert pair.meta["method"] == method and pair.meta["sampling"]["style"] == " + ".join(styles)
         ids = tokenize_pair(pair, tokenizer, 64, 128)
         for side, source in zip(("chosen", "rejected"), sources, strict=True):
