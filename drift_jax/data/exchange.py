@@ -4,7 +4,8 @@
     handbook   train.jsonl, test.jsonl: what `datasets.load_dataset(FOLDER)` and both of them read
     disk       a `datasets` directory, as `save_to_disk` writes it
 
-A row is `prompt`, `chosen`, `rejected` as lists of messages in all three; whole dialogues are read too (`mixer.py`).
+A row is `prompt`, `chosen`, `rejected` as lists of messages in all three; whole dialogues are read too, and turns
+of `from` and `value` (`mixer.py`).
 Ours and `handbook` keep `meta` as it is; a table has one type a column, so `disk` keeps it as JSON text.
 """
 

@@ -129,6 +129,9 @@ def _positions(number: int, part: DatasetPart, table: _Table, mixture: DatasetMi
 # --------------------------------------------------------------------------------------------- rows to pairs
 
 
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
 class _Pairs(NamedTuple):
     pairs: tuple[Pair, ...]
     left_out: dict[str, int]  # reason -> rows
@@ -191,6 +194,8 @@ def pair_row(row: Row) -> Row | str:
     missing = [key for key in ("chosen", "rejected") if row.get(key) is None]
     if missing:
         return f"missing {' and '.join(missing)}; found {', '.join(row) or 'nothing'}"
+    if isinstance(row.get("conversations"), list) and isinstance(row["chosen"], dict):
+        row = _from_sharegpt(row)
     prompt, chosen, rejected = (_messages(row.get(key)) for key in ("prompt", "chosen", "rejected"))
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         return "chosen and rejected must be lists of messages"
@@ -206,6 +211,21 @@ def pair_row(row: Row) -> Row | str:
         "rejected": rejected,
         "meta": meta | ({} if source is None else {"source_id": source}),
     }
+
+
+def _from_sharegpt(row: Row) -> Row:
+    """Turns of `from` and `value`, as WildFeedback's pairs and LLaMA-Factory have them, as messages."""
+
+    def message(turn: Any, role: str | None = None) -> Any:
+        if not isinstance(turn, dict) or "value" not in turn:
+            return turn
+        name = turn.get("from") or role
+        return {"role": _SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name, "content": turn["value"]}
+
+    system = row.get("system")
+    opening = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    sides = {side: [message(row[side], "gpt")] for side in ("chosen", "rejected") if isinstance(row[side], dict)}
+    return row | {"prompt": [*opening, *map(message, row["conversations"])]} | sides
 
 
 def _messages(value: Any) -> Any:

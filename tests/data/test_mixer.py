@@ -156,6 +156,19 @@ def test_whole_dialogues_become_prompt_and_replies(tmp_path: Path, layout: Any) 
     assert (got.chosen, got.rejected, got.meta, got.extra) == ("yes", "no", {"id": f"{name}:train:0"}, {})
 
 
+@pytest.mark.parametrize("layout", [saved, parquet, jsonl])
+@pytest.mark.parametrize("names_replies", [True, False], ids=["LLaMA-Factory", "WildFeedback"])
+def test_turns_of_from_and_value_become_messages(tmp_path: Path, layout: Any, names_replies: bool) -> None:
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}, {"from": "human", "value": "three"}]
+    speaker = {"from": "gpt"} if names_replies else {}
+    pair = {"conversations": turns, "chosen": speaker | {"value": "yes"}, "rejected": speaker | {"value": "no"}}
+    name = layout(tmp_path / "a", train=[pair | {"system": ""}, pair | {"system": "s"}])
+    got, with_system = read(load_mixture(DatasetMixture((DatasetPart(name, "train"),), seed=None), tmp_path / "out"))
+    prompt = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"))
+    assert (got.prompt, got.chosen, got.rejected) == (prompt, "yes", "no")
+    assert with_system.prompt == (Message("system", "s"), *prompt)
+
+
 def test_ids_are_dataset_split_and_row_and_meta_stays(tmp_path: Path) -> None:
     content = [row("x") | {"meta": {"id": "old", "token_ids": [1, 2], "sampler": None}}, row("y") | {"id": "7"}]
     name = jsonl(tmp_path / "a", train=content)
@@ -265,6 +278,11 @@ def test_a_missing_column(tmp_path: Path, layout: Any) -> None:
     assert "no column rejected and x" in message
 
 
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "a"}],
+    "chosen": {"from": "gpt", "value": "b"},
+    "rejected": {"from": "gpt", "value": "c"},
+}
 BAD = [
     (dialogue("x") | {"chosen": "text"}, "chosen and rejected must be lists of messages"),
     (dialogue("x") | {"rejected": None}, "missing rejected; found prompt, prompt_id, chosen"),
@@ -275,6 +293,9 @@ BAD = [
     (row("x") | {"prompt": [say("assistant", "b")]}, "prompt roles must be"),
     (row("x") | {"chosen": [{"role": "assistant", "content": "b", "name": "n"}]}, "found also name"),
     (row("x") | {"chosen": [say("assistant", "\ud800")]}, "U+D800"),
+    (SHAREGPT | {"conversations": [{"from": "bot", "value": "a"}]}, "found 'bot'"),
+    (SHAREGPT | {"rejected": {"from": "human", "value": "b"}}, "rejected"),
+    (SHAREGPT | {"rejected": [say("assistant", "b")], "conversations": ["a"]}, "prompt[0]"),
 ]  # fmt: skip
 
 
