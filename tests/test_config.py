@@ -17,7 +17,6 @@ import drift_jax
 from drift_jax import config as config_module
 from drift_jax.config import (
     RunConfig,
-    TrainConfig,
     build_config,
     check_config,
     config_keys,
@@ -80,13 +79,47 @@ def test_the_set_of_keys_is_frozen() -> None:
     assert config_keys() == KEYS
 
 
+# Training and sampling as the authors' configs and script have them; what they leave open (devices) is not here.
+PUBLISHED = {
+    "data.test_rows": 100,
+    "data.max_length": 2048,
+    "data.max_prompt_length": 1024,
+    "recipe.iterations": 2,
+    "recipe.reference": "previous",
+    "recipe.seed_epochs": 3,
+    "sampling.temperature": 0.7,
+    "sampling.top_p": 0.9,
+    "sampling.max_new_tokens": 512,
+    "sampling.max_input_length": 2048,
+    "train.beta": 0.1,
+    "train.rpo_alpha": 0.001,
+    "train.label_smoothing": 0.0,
+    "train.optimizer": "rmsprop",
+    "train.learning_rate": 5e-7,
+    "train.schedule": "linear",
+    "train.warmup_ratio": 0.1,
+    "train.max_grad_norm": 1.0,
+    "train.epochs": 1,
+    "train.master_dtype": "float32",
+    "train.seed": 42,
+    "model.compute_dtype": "bfloat16",
+}
+
+
+def values_of(config: RunConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {key: values[section][leaf] for key in PUBLISHED for section, leaf in [key.split(".")]}
+
+
 def test_the_defaults_are_those_of_the_published_configs() -> None:
-    train = TrainConfig()
-    assert (train.beta, train.rpo_alpha, train.label_smoothing) == (0.1, 0.001, 0.0)
-    assert (train.optimizer, train.learning_rate, train.schedule) == ("rmsprop", 5e-7, "linear")
-    assert (train.warmup_ratio, train.max_grad_norm, train.epochs) == (0.1, 1.0, 1)
-    data = build().data
-    assert (data.max_length, data.max_prompt_length) == (2048, 1024)
+    assert values_of(build()) == PUBLISHED
+    assert (build().sampling.batch_size, build().train.batch_size) == (16, 32)  # 4 pairs on each of 8 devices
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-14b"])
+def test_the_published_recipes_are_shipped(name: str) -> None:
+    """Those of slices are compared with these below."""
+    assert values_of(load_config(REPO / "configs" / f"{name}.yaml")) == PUBLISHED
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -268,6 +301,8 @@ def test_every_shipped_config_loads(path: Path) -> None:
         file = getattr(config.data, name)
         if file and file.startswith("data/sample/"):  # others are the user's to make
             assert (REPO / file).is_file(), f"{path.name} names {file}, which is not shipped"
+    if config.data.dsat.startswith("data/sample/"):
+        assert config.data.test_rows == 16, "fewer, and tasks of held-out rows are trained on (data/README.md)"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
