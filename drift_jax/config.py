@@ -19,9 +19,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from drift_jax.credentials import ServerArguments, ServerEnvironment, ServerUrl, VariableName
 from drift_jax.errors import ConfigError
-from drift_jax.files import is_address
 from drift_jax.key_problems import describe_keys
 from drift_jax.methods import DEFAULT, load_method, method_names
+from drift_jax.path_keys import expand_home, path_problems
 from drift_jax.presets import apply_preset
 from drift_jax.yaml_files import on_one_line, parse_yaml, read_yaml
 
@@ -306,7 +306,7 @@ def build_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
     Raises:
       ConfigError: naming every offending key at once.
     """
-    raw = apply_preset(raw)
+    raw = expand_home(apply_preset(raw))
     try:
         # JSON mode: strict types (no "2048" for 2048) while mappings still become dataclasses.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(raw, default=str), strict=True)
@@ -342,7 +342,7 @@ def check_config(config: RunConfig) -> None:
         )
     if sampling.chooser == "judge" and not (config.judge.base_url and config.judge.model):
         problems.append("sampling.chooser is judge: name its server and model in judge.base_url and judge.model.")
-    problems += _method_problems(config) + _path_problems(config)
+    problems += _method_problems(config) + path_problems(dataclasses.asdict(config))
     needed = config.sampling.max_input_length + config.sampling.max_new_tokens
     if config.vllm.max_model_len is not None and config.vllm.max_model_len < needed:
         problems.append(
@@ -364,19 +364,6 @@ def check_config(config: RunConfig) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _path_problems(config: RunConfig) -> list[str]:
-    data = config.data
-    paths = {"run_dir": config.run_dir, "model.path": config.model.path, "data.dsat": data.dsat, "data.sat": data.sat}
-    paths |= {"data.seed_train": data.seed_train or "", "data.seed_test": data.seed_test or ""}
-    paths |= {"train.reference_cache": config.train.reference_cache or ""}
-    return [
-        f"{key}: {path!r} is an address, and files are read and written by path alone. Mount the bucket on every host "
-        "(gcsfuse for gs://, mountpoint-s3 for s3://) and give the mounted path."
-        for key, path in paths.items()
-        if is_address(path)
-    ]
 
 
 def _method_problems(config: RunConfig) -> list[str]:

@@ -24,6 +24,7 @@ from drift_jax.config import (
     load_config,
 )
 from drift_jax.errors import ConfigError
+from drift_jax.path_keys import PATH_KEYS
 from drift_jax.presets import PRESETS
 
 REPO = Path(__file__).resolve().parent.parent
@@ -122,6 +123,17 @@ def test_the_published_recipes_are_shipped(name: str) -> None:
     assert values_of(load_config(REPO / "configs" / f"{name}.yaml")) == PUBLISHED
 
 
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_a_path_may_begin_at_home(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind `--set data.dsat=` no shell spells it out, and in a file none ever does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(MINIMAL))  # which is YAML
+    config = load_config(file, [f"{key}=~/a/b"])
+    section, _, leaf = key.rpartition(".")
+    assert getattr(getattr(config, section) if section else config, leaf) == str(tmp_path / "a" / "b")
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -184,6 +196,7 @@ def test_a_key_of_several_types_is_named_in_one_line(section: str, key: str, val
         ),
         ({"mesh": {"data": -1, "fsdp": -1}}, ("mesh", "'data': -1", "'fsdp': -1", "at most one of them -1")),
         ({"mesh": {"tensor": 0}}, ("mesh", "'tensor': 0", "must be positive")),
+        ({"data": {"sat": "~no-such-user/x.jsonl"}}, ("data.sat: '~no-such-user/x.jsonl' begins with the home",)),
         ({"run_dir": "gs://bucket/run"}, ("run_dir: 'gs://bucket/run' is an address", "Mount the bucket")),
         ({"data": {"dsat": "s3://bucket/dsat.jsonl"}}, ("data.dsat: 's3://bucket/dsat.jsonl' is an address",)),
         ({"judge": {"base_url": "host:8000/v1"}}, ("judge.base_url: 'host:8000/v1' is no address of a server",)),
