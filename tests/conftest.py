@@ -6,7 +6,10 @@ import gc
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+from packaging.version import Version
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # torch's threads wait for each other by spinning: beside another worker two of them are slower than one.
@@ -17,7 +20,9 @@ if "JAX_PLATFORMS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ
     # are the same without; the fusions are others, and a scatter becomes a loop. Also in the commands that tests
     # start. What XLA_FLAGS says already is said last, and JAX_PLATFORMS=cpu leaves all as users have it.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    quick += " --xla_cpu_parallel_codegen_split_count=1"
+    if Version(metadata.version("jaxlib")) < Version("0.11"):  # others end the process: they know no such flag
+        quick += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
