@@ -41,6 +41,7 @@ from drift_jax.progress import StageSummary, printable, summary_markdown, summar
 from drift_jax.reading import check_form, read_json
 from drift_jax.records import read_pairs
 from drift_jax.sharding import build_layout, check_batch
+from drift_jax.stages.advice import print_advice
 from drift_jax.stages.devices import layout_of_all
 from drift_jax.stages.dpo import TrainJob, train_stage
 from drift_jax.stages.engines import ENGINES
@@ -76,6 +77,8 @@ def run(config: RunConfig, console: Console, part: Part | None = None) -> Path:
         ENGINES[config.sampling.engine](config, initial)
     if config.recipe.showcase_prompts and trains:
         layout_of_all(config, on_each(lambda: load_qwen_config(initial)))
+    if part is None or part.is_first:
+        print_advice(config, console)
     with run_lock(run_dir):
         recipe = Recipe(config, run_dir, console, part)
         policy = initial

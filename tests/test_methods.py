@@ -356,6 +356,7 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
     """Of each method, sampled and paired twice; the policy's hash is that of its files."""
     model = build_tiny_policy(tmp_path / "model", tied=True)
     seen: dict[str, set[bytes]] = {}
+    cut: dict[str, int] = {}
     for method in EXPECTED:
         for run in ("a", "b"):
             config = config_of(folder, method, mesh={"data": 2, "fsdp": 2, "tensor": 2})
@@ -363,8 +364,11 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
             out.mkdir(parents=True)
             records = records_path(config)
             _, inputs = sample_identity(config, Manifest(out), model, records)
-            quiet = Console(file=io.StringIO())
-            sample_stage(config, model, str(records), out, quiet, sampling_job(config, inputs, model))
+            quiet = Console(file=io.StringIO(), width=200)
+            summary = sample_stage(config, model, str(records), out, quiet, sampling_job(config, inputs, model))
+            assert (said := quiet.file.getvalue()).count("lose their beginning") == (summary["prompts_cut"] > 0)
+            assert f"{summary['prompts_cut']} of " in said or not summary["prompts_cut"]
+            cut[method] = summary["prompts_cut"]
             pair_stage(config, inputs["policy"], str(records), out, quiet)
             seen.setdefault(method, set()).add((out / "pairs.train.jsonl").read_bytes())
         (data,) = seen[method]
@@ -374,3 +378,6 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
             row["meta"][f"{side}_from"]["sha256"] == Manifest(tmp_path).model_hash(model) for side in drawn
         )
     assert len(set.union(*seen.values())) == 4
+    assert cut["drift"] == 4 and cut["spin"] == 0, (
+        "prompts with the complaint are longer than sampling.max_input_length"
+    )

@@ -146,6 +146,8 @@ def test_metrics_have_the_names_of_trl_and_start_at_ln_2(finished: tuple[Path, s
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
     assert names | {"logps/rejected", "nll_loss", "grad_norm", "learning_rate"} <= rows[0].keys()
     assert [row["step"] for row in rows] == [1, 2]
+    # Of the first update that has a learning rate, how many weights it changed.
+    assert "params_changed" not in rows[0] and 0.9 <= rows[1]["params_changed"] <= 1
     assert rows[0]["loss"] - 0.001 * rows[0]["nll_loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 

@@ -98,6 +98,7 @@ def train_stage(config: RunConfig, job: TrainJob, console: Console, reference_ha
         "held_out": len(test.pairs),
         "drops": sum_drops([train, test]),
         "truncation": dataclasses.asdict(train.cuts),
+        "truncation_held_out": dataclasses.asdict(test.cuts),
         "steps": steps,
         "loss": float(np.mean(losses)) if losses else None,
         "tokens_per_second": timer.tokens_per_second,
@@ -134,6 +135,9 @@ class _Stage:
         self.steps = steps
         self.console = console
         self.warnings: list[str] = []
+        self.changed: dict[
+            str, float
+        ] = {}  # how many parameters the update at hand has changed, where that is looked at
         self.probe = None
         if config.theory.every is not None:
             self.probe = Probe(config, trainer, train.pairs, job.out_dir, job.earlier, console)
@@ -259,6 +263,7 @@ class _Stage:
         if step == 1 and self.job.reference_dir == self.job.model_dir:
             check_first_loss(numbers, train, self.config.model.compute_dtype)
         for message in check_params_changed(step, numbers, train):
+            self.changed = {"params_changed": numbers["params_changed"]}
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
         for message in watch.update(step, numbers):
             self.warn(message)
@@ -324,15 +329,18 @@ class _Report:
         is_finite = math.isfinite(numbers["grad_norm"])
         if is_finite:
             self.stage.guard(update.step, numbers, self.watch)
-        del numbers["params_changed"]
-        row = {
+        del numbers["params_changed"]  # is 0 at all updates but one
+        row = self.stage.changed | {
             "epoch": update.step / self.loader.steps_per_epoch,
             "tokens_per_second": self.timer.tokens_per_second,
         }
         last = update.step == self.stage.steps
-        wanted = update.evaluation or last or update.step % self.stage.config.tracking.log_every == 0
+        wanted = (
+            update.evaluation or last or self.stage.changed or update.step % self.stage.config.tracking.log_every == 0
+        )
         if wanted or not is_finite:
             self.writer.write(update.step, numbers | row | update.evaluation)
+        self.stage.changed = {}
         if not is_finite:
             for message in finite.update(update.step, numbers, self.loader.ids(update.step - 1)):
                 self.stage.warn(message)

@@ -60,6 +60,10 @@ def sample_stage(
     requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
     all_refused = _of_all(refused, per_host)
     on_each(lambda: report_refused(all_refused, config))
+    cuts = _of_all(cut_tokens, per_host)
+    if any(cuts):
+        what = f"{sum(cut > 0 for cut in cuts)} of {len(cuts)} sampling prompts lose their beginning"
+        console.print(f"{what}, {sum(cuts)} tokens: sampling.max_input_length is {config.sampling.max_input_length}")
     params = SamplingParams.from_config(config.sampling, tokenizer.eos_ids, tokenizer.vocab_size)
     with (
         on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,
@@ -85,7 +89,7 @@ def sample_stage(
                 completions = draw(sampler, missing(again), params, keep, what, console, per_host)
                 cut.update({(c.row_id, c.sample): c.finish_reason == "length" for c in completions})
         count = merge(journals, [record.id for record in every], samples_each(config), out_dir)
-    cuts, rates = _of_all(cut_tokens, per_host), _of_all([timer.tokens_per_second], per_host)
+    rates = _of_all([timer.tokens_per_second], per_host)
     return {
         "completions": count,
         "tokens_per_second": sum(rates),

@@ -200,8 +200,13 @@ def describe_rules(config: RunConfig) -> str:
 
 
 def describe_cuts(train: TokenizedFile, test: TokenizedFile) -> str:
-    """How many pairs there are and what was cut from those to train on, in one line."""
-    cuts = train.cuts
+    """How many pairs there are and what was cut from them, in one line."""
+    held_out = f"; of those held out: {_cuts_in_words(test.cuts)}" if test.pairs else ""
+    counts = f"{len(train.pairs)} pairs, {len(test.pairs)} held out"
+    return f"{counts}; cut to fit: {_cuts_in_words(train.cuts)}{held_out}"
+
+
+def _cuts_in_words(cuts: TruncationCounts) -> str:
     parts = [
         f"{count} {name} ({tokens} tokens)"
         for name, count, tokens in (
@@ -211,7 +216,7 @@ def describe_cuts(train: TokenizedFile, test: TokenizedFile) -> str:
         )
         if count
     ]
-    return f"{len(train.pairs)} pairs, {len(test.pairs)} held out; cut to fit: {', '.join(parts) or 'nothing'}"
+    return ", ".join(parts) or "nothing"
 
 
 def sum_drops(files: Sequence[TokenizedFile]) -> dict[str, int]:

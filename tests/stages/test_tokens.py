@@ -20,7 +20,7 @@ from drift_jax.data.token_cache import KEPT, TokenizedRows, cache_path, read_tok
 from drift_jax.data.tokenizer import ChatTokenizer, load_tokenizer
 from drift_jax.errors import DataError, StageError
 from drift_jax.stages import tokens
-from drift_jax.stages.tokens import TOKEN_KEYS, TokenizedFile, load_tokenized, token_key
+from drift_jax.stages.tokens import TOKEN_KEYS, TokenizedFile, describe_cuts, load_tokenized, token_key
 from tests.full_disk import full_disk  # noqa: F401
 from tests.tiny import build_tiny_tokenizer
 from tests.tiny_pairs import random_pairs, write_pairs
@@ -93,6 +93,10 @@ def test_a_hit_equals_tokenising_and_asks_no_tokenizer(
     plainly = load_tokenized(build(), pairs_file, tokenizer)
     assert len(plainly.pairs) == 6 and plainly.emptied == ("s5",) and "pair s2" in plainly.refused[0]
     assert plainly.cuts.prompts_cut and plainly.cuts.chosen_tokens_cut and plainly.cuts.completions_emptied
+    whole = load_tokenized(build(max_length=1000, on_bad_row="skip"), pairs_file, tokenizer)
+    words = f"{plainly.cuts.prompts_cut} prompts ({plainly.cuts.prompt_tokens_cut} tokens)"
+    assert f"cut to fit: nothing; of those held out: {words}, " in describe_cuts(whole, plainly)
+    assert describe_cuts(plainly, whole).endswith("; of those held out: nothing")
     missed = load_tokenized(build(), pairs_file, tokenizer, tmp_path / "tokens")
     no_encoding()
     hit = load_tokenized(build(), pairs_file, tokenizer, tmp_path / "tokens")
