@@ -15,7 +15,9 @@ The length-controlled win rate is the package's: it needs `df_gamed.csv` of the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,17 +31,14 @@ from typing_extensions import TypedDict
 from drift_jax.config import JudgeConfig
 from drift_jax.endpoint import read_api_key
 from drift_jax.errors import DataError, StageError
+from drift_jax.evaluation.alpaca_length import BASELINE, LC_MISSING, hub_file, length_controlled
 from drift_jax.evaluation.intervals import score_interval
 from drift_jax.evaluation.report import Report, Section, number, with_interval
 from drift_jax.files import atomic_writer, write_json
-from drift_jax.reading import check_form
+from drift_jax.reading import check_form, read_text
 from drift_jax.yaml_files import read_yaml
 
-LC_MISSING = "not computed: needs df_gamed.csv"
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # of the published table of AlpacaEval 2
-_DATASET = "tatsu-lab/alpaca_eval"
-_BASELINE = "alpaca_eval_gpt4_baseline.json"
-_GAMED = "df_gamed.csv"
 
 
 def win_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -133,16 +132,34 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], source: str) -> None:
         raise DataError(f"{source}: rows {', '.join(map(str, bad[:20]))} have no instruction.")
 
 
-def hub_file(name: str) -> Path:
-    """A file of the benchmark's dataset on the hub (its prompts are CC-BY-NC). Raises `DataError` without the hub."""
-    from huggingface_hub import hf_hub_download
+def match_outputs(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[Mapping[str, Any]], source: str
+) -> dict[str, Any]:
+    """How many prompts there are, how many have no output, and how many outputs belong to no prompt.
 
-    try:
-        return Path(hf_hub_download(_DATASET, name, repo_type="dataset"))
-    except Exception as error:  # no network, no such file: the library has many
+    Raises:
+      DataError: an output has no instruction, or none belongs to a prompt.
+    """
+    check_prompts(rows, source)
+    asked, answered = ([row["instruction"] for row in found] for found in (prompts, rows))
+    strange = len(answered) - sum(map(set(asked).__contains__, answered))
+    if strange == len(answered):
         raise DataError(
-            f"the hub did not give {name} of {_DATASET} ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
-        ) from error
+            f"none of the {len(rows)} rows of {source} belongs to one of the {len(prompts)} prompts by its "
+            "instruction. Look whether they answer these prompts (--reference-outputs)."
+        )
+    missing = len(asked) - sum(map(set(answered).__contains__, asked))
+    return {"prompts": len(asked), "without_output": missing, "outputs": len(answered), "of_no_prompt": strange}
+
+
+def say_left_out(found: Mapping[str, Any]) -> list[str]:
+    """Args: `found` has, or has not, what `match_outputs` gives."""
+    said = []
+    if found.get("without_output"):
+        said.append(f"{found['without_output']} of {found['prompts']} prompts have no output and are left out.")
+    if found.get("of_no_prompt"):
+        said.append(f"{found['of_no_prompt']} of {found['outputs']} outputs belong to no prompt and are left out.")
+    return said
 
 
 def baseline_file(given: Path | None) -> Path:
@@ -150,7 +167,7 @@ def baseline_file(given: Path | None) -> Path:
     if given is not None:
         return given
     try:
-        return hub_file(_BASELINE)
+        return hub_file(BASELINE)
     except DataError as error:
         raise DataError(f"{error} Give the file with --reference-outputs.") from error
 
@@ -163,8 +180,8 @@ def annotate(
 ) -> dict[str, Any]:
     """Annotates with the package `alpaca-eval` and computes all win rates; annotations stay in `out_dir`.
 
-    The package keeps what was annotated in `out_dir/annotations_cache.json`, 128 rows at a time: a run that was stopped
-    goes on from there.
+    The package keeps what was annotated in `out_dir/annotations_cache.HASH.json`, 128 rows at a time: a run that was
+    stopped goes on from there. The package knows annotators by their name, so the hash is that of what they are.
 
     Args:
       annotator: the name of one of the package's annotators, or a directory with one.
@@ -175,7 +192,7 @@ def annotate(
     """
     with _environment(judge):
         package = _package()
-        config = _annotator_config(package, annotator, judge, out_dir)
+        config, key = _annotator_config(package, annotator, judge, out_dir)
         try:
             _, annotations = package.evaluate(
                 model_outputs=str(outputs),
@@ -187,7 +204,7 @@ def annotate(
                 is_cache_leaderboard=False,
                 fn_metric="get_winrate",
                 sort_by="win_rate",
-                caching_path=str(out_dir / "annotations_cache.json"),
+                caching_path=str(out_dir / f"annotations_cache.{key}.json"),
             )
         except Exception as error:  # of the judge, of its answers, of the package: it has no errors of its own
             raise StageError(
@@ -198,7 +215,7 @@ def annotate(
             raise StageError(f"alpaca-eval made no annotations with {judge.model}: look at the judge and run again.")
         write_json(out_dir / "annotations.json", _plain(annotations))
         rates = win_rates(annotations)
-        return rates | {"length_controlled_winrate": _length_controlled(package, annotations, gamed)}
+        return rates | {"length_controlled_winrate": length_controlled(package, annotations, reference, gamed)}
 
 
 def check_package() -> None:
@@ -263,8 +280,8 @@ def read_annotator(folder: Path, name: str) -> dict[str, Any]:
     return check_form(Annotated[dict[str, _Annotator], Field(min_length=1)], read_yaml(path), str(path), remedy)
 
 
-def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir: Path) -> Path:
-    """The package's annotator with the judge's name for its model: the directory `out_dir/annotator`."""
+def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir: Path) -> tuple[Path, str]:
+    """The package's annotator with the judge's name for its model: (the directory `out_dir/annotator`, its hash)."""
     shipped = Path(package.constants.EVALUATORS_CONFIG_DIR)
     raw = read_annotator(Path(annotator) if Path(annotator).is_dir() else shipped / annotator, annotator)
     for config in raw.values():
@@ -273,31 +290,23 @@ def _annotator_config(package: Any, annotator: str, judge: JudgeConfig, out_dir:
         config["completions_kwargs"]["requires_chatml"] = True
         template = Path(config["prompt_template"])
         config["prompt_template"] = str(template if template.is_absolute() else shipped / template)
+    key = _hash(raw)
     folder = out_dir / "annotator"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_writer(folder / "configs.yaml") as file:
         yaml.safe_dump(raw, file, sort_keys=False)
-    return folder
+    return folder, key
 
 
-def _length_controlled(package: Any, annotations: Sequence[Mapping[str, Any]], gamed: Path | None) -> float | str:
-    """In per cent, or why there is none."""
-    import pandas as pd  # pyright: ignore[reportMissingImports]
+def _hash(annotators: Mapping[str, Mapping[str, Any]]) -> str:
+    """16 hex digits of all that an annotation depends on: model, parameters, and the words of the prompt."""
 
-    try:
-        path = gamed or hub_file(_GAMED)
-    except DataError:
-        return LC_MISSING
-    module = package.metrics.glm_winrate
-    # The package knows the hub only; the file that is given stands for its download.
-    download, module.hf_hub_download = module.hf_hub_download, lambda **_: str(path)
-    try:
-        found = module.get_length_controlled_winrate(pd.DataFrame(list(annotations)), save_weights_dir=None)
-    except Exception as error:  # rows that are not the 805 of the benchmark have no difficulty, and the like
-        return f"not computed: {type(error).__name__}: {str(error)[:200]}"
-    finally:
-        module.hf_hub_download = download
-    return float(found["length_controlled_winrate"])
+    def whole(annotator: Mapping[str, Any]) -> dict[str, Any]:
+        template = Path(annotator["prompt_template"])  # where it lies says nothing
+        return {**annotator, "prompt_template": read_text(template) if template.is_file() else str(template)}
+
+    text = json.dumps({name: whole(one) for name, one in annotators.items()}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -316,7 +325,7 @@ def _plain(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def build_report(rates: Mapping[str, Any], model: str, judge: str, annotator: str) -> Report:
-    """Of what `annotate` gives. `model` is whose outputs these are, `judge` the model that compared them."""
+    """Of what `annotate` and `match_outputs` give. `model` is whose outputs these are, `judge` who compared them."""
     controlled = rates["length_controlled_winrate"]
     columns = ["model", "win rate, %", "length-controlled, %", "SE", "discrete, %", "rows", "length"]
     cells = [
@@ -330,5 +339,6 @@ def build_report(rates: Mapping[str, Any], model: str, judge: str, annotator: st
     notes = [f"Judge: {judge}, annotator {annotator} of alpaca-eval."]
     if rates["dropped"]:
         notes.append(f"{rates['dropped']} rows without a usable preference are left out.")
+    notes += say_left_out(rates)
     data = {"model": model, **rates, "judge": judge, "annotator": annotator}
     return Report(f"AlpacaEval 2: {model}", [Section("AlpacaEval 2", columns, [[model, *cells]])], notes, data)

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from drift_jax.config import PositiveFloat, PositiveInt, Share, apply_override, read_yaml
 from drift_jax.errors import ConfigError
+from drift_jax.key_problems import describe_keys, list_keys
 
 
 @dataclass(frozen=True)
@@ -48,5 +49,5 @@ def load_settings(file: Path | None, overrides: Sequence[str] = ()) -> CoverageC
         return TypeAdapter(CoverageConfig).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         known = ", ".join(field.name for field in dataclasses.fields(CoverageConfig))
-        lines = [f"  {problem['loc'][0]}: {problem['msg']}, found {problem['input']!r}." for problem in error.errors()]
+        lines = describe_keys(error, *list_keys(CoverageConfig))
         raise ConfigError("coverage:\n" + "\n".join(lines) + f"\nThe keys are {known}.") from None

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from drift_jax.evaluation.intervals import Interval
-from drift_jax.files import atomic_writer, write_json
+from drift_jax.files import atomic_writer, refuse_file_in_path, write_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Report:
 
 def write_report(report: Report, out_dir: Path, name: str = "report") -> None:
     """Writes NAME.json and NAME.md. Raises `StageError` as `files.atomic_writer` does."""
+    refuse_file_in_path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / f"{name}.json", dict(report.data))
     with atomic_writer(out_dir / f"{name}.md") as file:

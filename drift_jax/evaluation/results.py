@@ -26,6 +26,7 @@ from drift_jax.telemetry import METRICS_FILE, finite_losses
 
 _STAGE = re.compile(r"(?:^|[-/])(seed|iter_\d+)(?:/hf)?/?$")
 _SKIPPED = {"hf", "checkpoints", "tokens", "tensorboard", ".cache"}  # folders that hold no reports, and many files
+_MIX = re.compile(r"mixture_of_rewards\.K=-?\d+")  # of all groups; those of one have its name in between
 _REPORT = "report.json"
 _REMEDY = "Make it again, or remove it."
 _WORDS = {
@@ -192,7 +193,7 @@ def _wildbench(data: Mapping[str, Any]) -> Iterator[Measure]:
         ends = None if ends is None else [100 * end for end in ends]
         yield from _scaled(found["reward"], 100, ends, f"WB-Reward x100 against {reference}", model)
     for name, value in (data.get("mixture") or {}).items():
-        if name.startswith("mixture_of_rewards"):
+        if _MIX.fullmatch(name):
             yield from _scaled(value, 1, None, "WB-Reward x100, mean", model)
 
 

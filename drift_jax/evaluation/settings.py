@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drift_jax.config import JudgeConfig, RunConfig, apply_override, build_config, merge_configs, read_yaml
+from drift_jax.config import JudgeConfig, RunConfig, apply_override, build_config, read_yaml
 from drift_jax.errors import ConfigError
 
 # Greedy, as upstream's inference has it. What a training run samples with must not shape a benchmark unseen.
 WILDBENCH = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 4096, "max_input_length": 8192}
 ALPACA_EVAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 2048, "max_input_length": 4096}
 WIN_RATE = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 1024, "max_input_length": 4096}
-_VERDICT_TOKENS = 1024  # of WildBench's judge
+_VERDICT_TOKENS = 1024  # of WildBench's judge: shorter ones are cut, and an answer that was cut is asked for again
 _WHAT_IS_DRAWN = ("n", "chooser", "on_cut", "style")
 
 
@@ -23,10 +23,16 @@ def build_evaluation_config(
 ) -> RunConfig:
     """Of `file` all is taken but how answers are drawn, which is `drawing`; `overrides` win.
 
+    A run's own config.yaml has every key written out, so a `judge.max_tokens` in it need not be anybody's wish: one
+    below WildBench's is raised to it, and only an override goes lower.
+
     Raises:
       ConfigError: a key is unknown, has an impossible value, or is said by the command itself.
     """
-    raw = merge_configs({"judge": {"max_tokens": _VERDICT_TOKENS}}, read_yaml(file) if file is not None else {})
+    raw = read_yaml(file) if file is not None else {}
+    judge = {} if raw.get("judge") is None else raw["judge"]
+    if isinstance(judge, dict):
+        raw["judge"] = judge | {"max_tokens": _room_for_verdicts(judge.get("max_tokens", _VERDICT_TOKENS))}
     given = {} if raw.get("sampling") is None else raw["sampling"]
     if isinstance(given, dict):  # what is no section is left for the validation to name
         kept = {key: value for key, value in given.items() if key not in (*drawing, *_WHAT_IS_DRAWN)}
@@ -36,6 +42,11 @@ def build_evaluation_config(
     if raw["run_dir"] != str(out_dir):
         raise ConfigError(f"--set run_dir: results go to {out_dir}, as --out says. Leave run_dir out.")
     return build_config(raw, source=str(file) if file is not None else "the options")
+
+
+def _room_for_verdicts(written: Any) -> Any:
+    """What is no number of tokens is left for the validation to name."""
+    return max(written, _VERDICT_TOKENS) if type(written) is int and written > 0 else written
 
 
 def name_model(raw: dict[str, Any], model: str, overrides: Sequence[str]) -> None:

@@ -57,7 +57,12 @@ REFERENCES: Mapping[str, str] = {
 }
 LENGTH_PENALTY = 500  # characters
 CUT_MARK = "... (truncated)"
-EMPTY_TEXT = "[This model response is empty.]"  # what upstream shows the judge in place of an empty output
+EMPTY_TEXT = "[This model response is empty.]"  # what upstream writes in place of an empty output of a pair
+
+
+def is_empty(output: str) -> bool:
+    """In either form that files have."""
+    return output.strip() in ("", EMPTY_TEXT)
 
 
 @dataclass(frozen=True)

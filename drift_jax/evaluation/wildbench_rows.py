@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from drift_jax.errors import DataError
 from drift_jax.evaluation.json_rows import read_json
-from drift_jax.evaluation.wildbench import CUT_MARK, EMPTY_TEXT, REFERENCES, Outcome, PairRow, ScoreRow, groups_of
+from drift_jax.evaluation.wildbench import CUT_MARK, REFERENCES, Outcome, PairRow, ScoreRow, groups_of, is_empty
 from drift_jax.row_problems import ROLES
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def _length(row: Mapping[str, Any]) -> tuple[int | None, bool]:
     if isinstance(output, list):  # as some of upstream's files have it
         output = output[0] if output else ""
     if isinstance(output, str):
-        return len(output), output.endswith(CUT_MARK)
+        return 0 if is_empty(output) else len(output), output.endswith(CUT_MARK)
     cut, length = bool(row.get("truncated", False)), row.get("out_len")
     if not isinstance(length, int | float) or isinstance(length, bool) or not abs(length) < 2**53:
         return None, cut
@@ -125,7 +125,7 @@ def pair_rows(rows: Sequence[Mapping[str, Any]], tested: str, reference: str) ->
         if outcome is None:
             excluded["no verdict"] += 1
             continue
-        usable = not any(text.endswith(CUT_MARK) or text == EMPTY_TEXT for text in (output, other))
+        usable = not any(text.endswith(CUT_MARK) or is_empty(text) for text in (output, other))
         found.append(PairRow(str(row.get("session_id", "")), outcome, len(output), len(other), usable))
     return Found(tuple(found), dict(excluded))
 

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 
 from drift_jax.config import JudgeConfig
-from drift_jax.errors import StageError
 from drift_jax.evaluation.elo import elo_ratings, games_of_scores
 from drift_jax.evaluation.report import Report, Section, number, with_interval
 from drift_jax.evaluation.wildbench import (
@@ -22,6 +21,7 @@ from drift_jax.evaluation.wildbench import (
     reward_table,
     score_table,
 )
+from drift_jax.evaluation.wildbench_inputs import file_name, is_itself
 from drift_jax.evaluation.wildbench_judge import (
     PAIRWISE_TEMPLATE,
     SCORE_TEMPLATE,
@@ -60,16 +60,21 @@ def run_wildbench(job: WildBenchJob, console: Console) -> Report:
     """Judges, writes `score.v2/eval=JUDGE/MODEL.json` and `pairwise.v2/eval=JUDGE/ref=NAME/MODEL.json`, and sums up.
 
     Raises:
+      ConfigError: a reference has the model's name, and is not it.
       DataError: a template cannot be had.
       StageError: the judge answers nothing.
     """
     tags = {task.session_id: task.groups for task in job.tasks}
     missing = [task.session_id for task in job.tasks if task.session_id not in job.outputs]
+    # Against itself it has no rows, which count as 0 in the mix.
+    others = {
+        name: outputs
+        for name, outputs in job.references.items()
+        if not is_itself(job.model, job.outputs, name, outputs, job.tasks)
+    }
     table, scored, tallies, templates = _score(job, tags, console)
     rewards: dict[str, dict[str, Any]] = {}
-    for reference, outputs in job.references.items():
-        if reference == job.model:
-            continue  # against itself it has no rows, which count as 0 in the mix
+    for reference, outputs in others.items():
         rewards[reference], tallies[f"ref={reference}"], templates["pairwise"] = _pairs(
             job, reference, outputs, tags, console
         )
@@ -99,7 +104,7 @@ def _score(
     questions = score_questions(job.tasks, job.outputs, template, job.strict)
     judged = ask_all(questions, job.judge, _cache(job), console, "scoring")
     rows = score_result(job.tasks, job.outputs, judged, job.model)
-    _write(job.out_dir / "score.v2" / f"eval={_name(job.judge.model)}" / f"{_name(job.model)}.json", rows)
+    _write(job.out_dir / "score.v2" / f"eval={file_name(job.judge.model)}" / f"{file_name(job.model)}.json", rows)
     found = score_rows(rows).rows
     return score_table(job.model, found, tags), found, {"score": judged.tally}, {"score": template.hash}
 
@@ -115,22 +120,14 @@ def _pairs(
     questions = pair_questions(job.tasks, job.outputs, outputs, names, template, job.strict)
     judged = ask_all(questions, job.pair_judge, _cache(job), console, f"comparing with {reference}")
     rows = pair_result(job.tasks, job.outputs, outputs, names, judged)
-    folder = job.out_dir / "pairwise.v2" / f"eval={_name(job.pair_judge.model)}" / f"ref={_name(reference)}"
-    _write(folder / f"{_name(job.model)}.json", rows)
+    folder = job.out_dir / "pairwise.v2" / f"eval={file_name(job.pair_judge.model)}" / f"ref={file_name(reference)}"
+    _write(folder / f"{file_name(job.model)}.json", rows)
     table = reward_table(job.model, pair_rows(rows, job.model, reference).rows, tags, job.k)
     return table, judged.tally, template.hash
 
 
 def _cache(job: WildBenchJob) -> Path:
     return job.cache or job.out_dir / VERDICTS_FILE
-
-
-def _name(text: str) -> str:
-    """A model's name as the name of a file, as upstream has it: what stands behind the last slash."""
-    name = text.rstrip("/").rpartition("/")[2]
-    if name in ("", ".", ".."):
-        raise StageError(f"{text!r} is no name for a file: give another one with --name.")
-    return name
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 
 from drift_jax.config import JudgeConfig
-from drift_jax.errors import ConfigError
+from drift_jax.errors import DataError
 from drift_jax.evaluation.prompts import Prompt
 from drift_jax.evaluation.win_rate import Preference
 from drift_jax.judge import load_prompt
@@ -95,7 +92,11 @@ def _first_is_better(answer: Mapping[str, Any]) -> float:
 def judge_by_function(
     prompts: Sequence[Prompt], a: Mapping[str, str], b: Mapping[str, str], check: Check, name: str
 ) -> Judgement:
-    """The output with the higher score wins; equal scores are a tie. See `evaluation/checks.py`."""
+    """The output with the higher score wins; equal scores are a tie. See `evaluation/checks.py`.
+
+    Raises:
+      DataError: the check failed on every prompt.
+    """
     preferences, failures = list[Preference](), dict[str, str]()
     for prompt in prompts:
         messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
@@ -109,29 +110,11 @@ def judge_by_function(
             continue
         value = 0.5 if scores[0] == scores[1] else float(scores[0] > scores[1])
         preferences.append(Preference(prompt.id, value, len(a[prompt.id]), len(b[prompt.id])))
+    if failures and not preferences:
+        first, why = next(iter(failures.items()))
+        raise DataError(
+            f"--check {name} failed on all {len(failures)} prompts, first on {first}: {why}. See whether the rows of "
+            "the prompts file hold the keys that it reads."
+        )
     excluded = {"the check failed": len(failures)} if failures else {}
     return Judgement(tuple(preferences), excluded, {"kind": "programmatic", "check": name}, failures)
-
-
-def load_check(name: str) -> Check:
-    """The function that `MODULE:FUNCTION` names; modules of the working directory are found as well.
-
-    Raises:
-      ConfigError: there is no such function.
-    """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ConfigError(
-            f"--check takes MODULE:FUNCTION, such as drift_jax.evaluation.checks:is_json, found {name!r}."
-        )
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--check {name}: {error}. Modules are looked for in {here} and where Python does.") from None
-    finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise ConfigError(f"--check {name} is no function.")
-    return cast(Check, found)

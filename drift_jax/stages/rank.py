@@ -21,6 +21,7 @@ from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.errors import ConfigError, StageError
+from drift_jax.evaluation.entry_points import import_named
 from drift_jax.methods import Record
 from drift_jax.stages.choose import CHOOSERS, Candidates
 
@@ -46,16 +47,16 @@ def build_ranker(name: str) -> Ranker:
     """The ranker that `recipe.ranker` names.
 
     Raises:
-      ConfigError: there is no such module or function.
+      ConfigError: there is no such module or function, or the module cannot be imported.
     """
     return RANKERS[name] if name in RANKERS else partial(_by_function, load_score(name))
 
 
 def load_score(name: str) -> Any:
-    """The function `MODULE:FUNCTION`. Raises `ConfigError` when Python does not find it."""
+    """The function `MODULE:FUNCTION`. Raises `ConfigError` when Python does not find it or cannot import it."""
     module, _, function = name.partition(":")
     try:
-        score = getattr(importlib.import_module(module), function)
+        score = getattr(import_named(module, f"recipe.ranker {name}"), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"recipe.ranker: there is no function {name}: {error}. Python must be able to import the module: install "

@@ -12,7 +12,8 @@ import pytest
 
 from drift_jax.errors import DriftError
 from drift_jax.evaluation import alpaca_eval
-from drift_jax.evaluation.alpaca_eval import LC_MISSING, read_annotator, win_rates
+from drift_jax.evaluation.alpaca_eval import LC_MISSING, _hash, read_annotator, win_rates
+from drift_jax.evaluation.alpaca_length import BASELINE, GAMED, length_controlled
 from tests.cli_runs import Drift, drift  # noqa: F401
 from tests.http_servers import Answer, serve
 
@@ -75,7 +76,7 @@ def test_the_package_annotates_and_scores(tmp_path: Path, drift: Drift, monkeypa
     code, out, _ = drift("evaluate", "alpaca-eval", "--rows", tmp_path / "out/annotations.json")
     assert json.loads(out)["win_rate"] == pytest.approx(report["win_rate"])
     check_package(annotations, report)
-    controlled(tmp_path, annotations)
+    controlled(tmp_path, annotations, base, monkeypatch)
 
 
 def check_package(annotations: list[dict[str, Any]], report: dict[str, Any]) -> None:
@@ -87,12 +88,10 @@ def check_package(annotations: list[dict[str, Any]], report: dict[str, Any]) -> 
         assert report[key] == pytest.approx(float(found[key]), abs=1e-9), key
 
 
-def controlled(tmp_path: Path, annotations: list[dict[str, Any]]) -> None:
+def controlled(tmp_path: Path, annotations: list[dict[str, Any]], base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a df_gamed.csv of the hub's form the package computes the length-controlled win rate from it."""
     import alpaca_eval
     import pandas as pd
-
-    from drift_jax.evaluation.alpaca_eval import _length_controlled
 
     gamed = pd.DataFrame(
         {
@@ -104,9 +103,84 @@ def controlled(tmp_path: Path, annotations: list[dict[str, Any]]) -> None:
             "not_gamed_baseline": [False] * 24,
         }
     )
-    gamed.to_csv(tmp_path / "df_gamed.csv", index=False)
-    found = _length_controlled(alpaca_eval, annotations, tmp_path / "df_gamed.csv")
+    file = tmp_path / "df_gamed.csv"
+    gamed.to_csv(file, index=False)
+    found = length_controlled(alpaca_eval, annotations, base, file)
     assert isinstance(found, float) and 0 < found < 100
+    own_index = [row | {"index": 99} for row in annotations]  # not the place, to which difficulties belong
+    assert length_controlled(alpaca_eval, own_index, base, file) == found
+    # The package takes difficulties by place: of other rows they would be those of other prompts.
+    few = length_controlled(alpaca_eval, annotations[3:6], base, file)
+    assert few == "not computed: it is of all 12 prompts of the benchmark, and 3 rows are annotated"
+    turned = length_controlled(alpaca_eval, annotations[::-1], base, file)
+    assert turned == "not computed: row 1 is of another prompt than the benchmark's"
+    short = write_outputs(tmp_path / "short.json", "base", ["a", "b", "c"])
+    assert length_controlled(alpaca_eval, annotations[:3], short, file) == (
+        "not computed: df_gamed.csv is of 12 prompts, the reference outputs are of 3"
+    )
+    # The hub's difficulties are of the hub's prompts, whatever the model is compared with.
+    hub = {GAMED: file, BASELINE: tmp_path / "hub.json"}
+    hub[BASELINE].write_text(base.read_text())
+    monkeypatch.setattr("drift_jax.evaluation.alpaca_length.hub_file", lambda name: hub[name])
+    assert length_controlled(alpaca_eval, annotations, base, None) == found
+    rows = json.loads(base.read_text())
+    hub[BASELINE].write_text(json.dumps([row | {"instruction": row["instruction"] + "!"} for row in rows]))
+    assert "another prompt than the benchmark's" in str(length_controlled(alpaca_eval, annotations, base, None))
+
+
+@needs_package
+def test_another_judge_is_asked_anew(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the package both are one annotator, whose cache would answer for the second judge."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ours = write_outputs(tmp_path / "ours.json", "ours", ["abc" * i + "!" for i in range(6)])
+    base = write_outputs(tmp_path / "base.json", "base", ["xy" * i for i in range(6)])
+    words = ["--annotate", "--reference-outputs", base, "--out", tmp_path / "out"]
+    with serve(prefers_capital_m) as small:
+
+        def asked_of(model: str) -> list[str]:
+            before = len(small.seen)
+            judge = ["--set", f"judge.base_url={small.url}", "--set", f"judge.model={model}"]
+            code, _, err = drift("evaluate", "alpaca-eval", ours, *words, *judge)
+            assert code == 0, err
+            return [body["model"] for _, body in small.seen[before:]]
+
+        assert asked_of("one") == ["one"] * 6 and asked_of("two") == ["two"] * 6
+        assert asked_of("one") == asked_of("two") == []
+
+
+def test_annotations_are_kept_by_all_that_they_depend_on(tmp_path: Path) -> None:
+    for folder, words in (("a", "Which?"), ("b", "Which?"), ("c", "Which one?")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "prompt.txt").write_text(words)
+
+    def key(folder: str, **kwargs: object) -> str:
+        template = str(tmp_path / folder / "prompt.txt")
+        return _hash({"mine": {"prompt_template": template, "completions_kwargs": {"model_name": "j", **kwargs}}})
+
+    assert key("a") == key("b") and len(key("a")) == 16  # where the template lies says nothing
+    assert len({key("a"), key("c"), key("a", model_name="k"), key("a", temperature=1)}) == 4
+
+
+def test_prompts_without_output_are_counted(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alpaca_eval, "check_package", lambda: None)
+    monkeypatch.setattr(alpaca_eval, "annotate", lambda *_: win_rates([{"preference": 1.5}]))
+    base = write_outputs(tmp_path / "base.json", "base", ["a", "b", "c"])
+    ours = write_outputs(tmp_path / "ours.json", "ours", ["a", "b", "c", "d"])
+    rows = json.loads(ours.read_text())
+    ours.write_text(json.dumps(rows[2:]))
+    words = ["--reference-outputs", base, "--out", tmp_path / "out"]
+    judge = ["--annotate", "--set", "judge.base_url=http://127.0.0.1:9/v1", "--set", "judge.model=j"]
+    for more in ([], judge):
+        code, out, err = drift("evaluate", "alpaca-eval", ours, *words, *more)
+        assert code == 0, err
+        report = json.loads((tmp_path / "out/report.json").read_text())
+        assert (report["prompts"], report["without_output"], report["of_no_prompt"]) == (3, 2, 1)
+        said = " ".join(out.split())
+        assert "2 of 3 prompts have no output and are left out." in said
+        assert "1 of 2 outputs belong to no prompt and are left out." in said
+    ours.write_text(json.dumps(rows[3:]))
+    code, _, err = drift("evaluate", "alpaca-eval", ours, *words)
+    assert code == 2 and "belongs to one of the 3 prompts by its instruction" in " ".join(err.split())
 
 
 def test_outputs_that_are_there_are_not_annotated_unasked(tmp_path: Path, drift: Drift) -> None:

@@ -15,6 +15,7 @@ from drift_jax.evaluation.compare import build_series, choose_metrics, collect
 from drift_jax.evaluation.preference_report import build_preference_report
 from drift_jax.evaluation.report import write_report
 from drift_jax.evaluation.results import read_results
+from drift_jax.evaluation.wildbench import PairRow, mix_rewards, reward_table
 from drift_jax.evaluation.win_rate import Preference
 from drift_jax.evaluation.win_rate_judges import Judgement
 from drift_jax.evaluation.win_rate_report import build_win_rate_report
@@ -88,6 +89,19 @@ def test_reports_of_the_benchmarks(
     (found,) = read_results("m", tmp_path)[0]
     assert (found.method, found.iteration, found.metric) == ("m", 3, metric)
     assert found.value == pytest.approx(value) and found.interval == pytest.approx(ends)
+
+
+def test_the_mean_of_wildbench_rewards_is_that_of_all_tasks(tmp_path: Path) -> None:
+    """The mix has a mean for each group as well, under a name that starts alike."""
+    tags = {"s": frozenset({"Coding & Debugging"}), "t": frozenset({"Creative Tasks"})}
+    rows = [PairRow("s", "lose_much", 1, 1, True), *[PairRow("t", "win_much", 1, 1, True)] * 2]
+    table = reward_table("m-iter_3", rows, tags)
+    mix = mix_rewards({"gpt4t": {"m-iter_3": table}, "haiku": {}}, 500)["m-iter_3"]
+    data = {"model": "m-iter_3", "templates": {}, "rewards": {"gpt-4-turbo-2024-04-09": table}, "mixture": mix}
+    data["score"] = {"adjusted_score": None, "score_interval": None, "task_macro_score": None}
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    means = [m.value for m in read_results("m", tmp_path)[0] if m.metric == "WB-Reward x100, mean"]
+    assert means == [pytest.approx(100 / 3 / 2)]
 
 
 def test_reports_of_alpaca_eval_say_their_model(tmp_path: Path) -> None:

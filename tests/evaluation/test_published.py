@@ -13,6 +13,7 @@ import pytest
 from drift_jax.errors import DataError
 from drift_jax.evaluation.alpaca_eval import LC_MISSING, win_rates
 from drift_jax.evaluation.wildbench import (
+    TASK_GROUPS,
     WEIGHTS,
     PairRow,
     groups_of,
@@ -125,6 +126,7 @@ def test_what_counts_for_a_score() -> None:
         score("8", "x" * 10),
         score(4, "x" * 20 + "... (truncated)"),
         score("1", ""),
+        score("1", "[This model response is empty.]"),
         {"session_id": "s", "parsed_result": {"score": "6"}, "model_output": ["x" * 30]},
         score(None),
         score("good"),
@@ -135,8 +137,8 @@ def test_what_counts_for_a_score() -> None:
     assert found.excluded == {"no score": 2, "score that is no number": 2}
     table = score_table("m", found.rows, {"s": frozenset({"Coding & Debugging"})})
     # Cut and empty rows count for the score, and neither for categories nor for lengths.
-    assert table["score"] == (8 + 4 + 1 + 6) / 4 and table["total"] == 4
-    assert table["avg_len"] == 20 and (table["truncated"], table["empty"]) == (1, 1)
+    assert table["score"] == (8 + 4 + 1 + 1 + 6) / 5 and table["total"] == 5
+    assert table["avg_len"] == 20 and (table["truncated"], table["empty"]) == (1, 2)
     assert table["task_categorized_scores"] == {"Coding & Debugging": (7 - 5) * 2}
     # A group without rows weighs all the same.
     assert table["task_macro_score"] == pytest.approx(1.25 * 4 / 4.75)
@@ -181,6 +183,7 @@ def test_pairs_with_cut_or_empty_outputs_stay_in_the_denominator() -> None:
         pair("m", 2, "good", "bad"),
         pair("m", 2, "cut... (truncated)", "bad"),
         pair("m", 2, "good", "[This model response is empty.]"),
+        pair("r", 2, "", "good"),
         pair("somebody", 2, "good", "bad"),
         pair("m", 2, "good", "bad") | {"model_outputs": {"m": "good"}},
         {"session_id": "s", "model_A": "r", "model_B": "m", "parsed_result": {"choice": "A+"}}
@@ -189,8 +192,8 @@ def test_pairs_with_cut_or_empty_outputs_stay_in_the_denominator() -> None:
     found = pair_rows(rows, "m", "r")
     assert found.excluded == {"no verdict": 1, "an output is missing": 1}
     table = reward_table("m", found.rows, {"s": groups_of("Math", ["Data Analysis", "Editing"])}, 500)
-    assert (table["total"], table["win_much"], table["lose"]) == (4, 1, 1)
-    assert table["reward"] == (1 - 0.5) / 4
+    assert (table["total"], table["win_much"], table["lose"], table["lose_much"]) == (5, 1, 1, 0)
+    assert table["reward"] == (1 - 0.5) / 5
     # Math and Data Analysis are one group, in which a row counts once; those rows leave its denominator as well.
     assert table["task_categorized_rewards"] == {"Creative Tasks": 0.25, "Math & Data Analysis": 0.25}
     assert rewards_of_counts(table)["reward"] == table["reward"]
@@ -199,6 +202,25 @@ def test_pairs_with_cut_or_empty_outputs_stay_in_the_denominator() -> None:
 def test_a_model_without_rows_against_a_reference_has_nothing_there() -> None:
     row = reward_table("m", [PairRow("s", "win_much", 1, 1, True)], None)
     assert mix_rewards({"a": {"m": row}, "b": {}}, 500)["m"]["mixture_of_rewards.K=500"] == 50.0
+
+
+def test_groups_are_those_of_the_specification() -> None:
+    """Written out: a tag in another group would change every macro, and no published row here has tags."""
+    groups = {
+        "Information/Advice seeking": ("Information seeking", "Advice seeking"),
+        "Creative Tasks": ("Creative Writing", "Editing", "Brainstorming", "Role playing", "Others"),
+        "Coding & Debugging": ("Coding & Debugging",),
+        "Planning & Reasoning": ("Reasoning", "Planning"),
+        "Math & Data Analysis": ("Math", "Data Analysis"),
+    }
+    assert {tag: group for group, tags in groups.items() for tag in tags} == TASK_GROUPS
+    assert WEIGHTS == {
+        "Creative Tasks": 0.5,
+        "Planning & Reasoning": 1.25,
+        "Math & Data Analysis": 1.0,
+        "Information/Advice seeking": 0.75,
+        "Coding & Debugging": 1.25,
+    }
 
 
 def test_macro_is_weighted() -> None:

@@ -48,6 +48,27 @@ def test_of_a_run_the_engine_and_judge_are_taken_and_not_how_it_samples(tmp_path
         build_evaluation_config("m", tmp_path, WILDBENCH, None, ["sampling.temprature=1"])
 
 
+@pytest.mark.parametrize(
+    ("written", "given", "most"),
+    [
+        ({"max_tokens": 512}, [], 1024),  # as a run writes it, which nobody asked for
+        ({"max_tokens": 4096}, [], 4096),
+        (None, [], 1024),
+        ({"max_tokens": 512}, ["judge.max_tokens=300"], 300),
+    ],
+)
+def test_verdicts_have_room(tmp_path: Path, written: object, given: list[str], most: int) -> None:
+    file = write_yaml(tmp_path / "config.yaml", {"run_dir": "x", "model": {"path": "m"}, "judge": written})
+    assert build_evaluation_config("m", tmp_path / "out", WILDBENCH, file, given).judge.max_tokens == most
+
+
+@pytest.mark.parametrize("written", [0, "many", True])
+def test_what_is_no_room_for_verdicts_is_named(tmp_path: Path, written: object) -> None:
+    file = write_yaml(tmp_path / "run.yaml", {"run_dir": "x", "judge": {"max_tokens": written}})
+    with pytest.raises(ConfigError, match=r"judge\.max_tokens"):
+        build_evaluation_config("m", tmp_path / "out", WILDBENCH, file, [])
+
+
 def test_prompts_and_answers_fit_the_model(tmp_path: Path) -> None:
     config = build_evaluation_config("m", tmp_path, WILDBENCH, None, [])
     assert fit_to_model(config, 32768) == (config, None) and fit_to_model(config, None) == (config, None)

@@ -245,7 +245,9 @@ def test_by_functions(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPa
     found = run("my_checks:check")
     assert (found["wins"], found["losses"], found["ties"]) == (0, 2, 1)
     assert found["excluded"] == {"the check failed": 1} and found["failures"] == {"p3": "RuntimeError: no compiler"}
+    (tmp_path / "my_limits.py").write_text("def limit(messages, output, row):\n    return row['max_letters']\n")
     for words, message in (
+        (["--check", "my_limits:limit"], "failed on all 4 prompts, first on p0: KeyError: 'max_letters'"),
         (["--check", "no_such:thing"], "No module named"),
         (["--check", "my_checks"], "MODULE:FUNCTION"),
         ([], "needs --check"),
@@ -263,4 +265,4 @@ def test_by_functions(tmp_path: Path, drift: Drift, monkeypatch: pytest.MonkeyPa
             "--out",
             tmp_path / "x",
         )
-        assert code == 2 and message in err
+        assert code == 2 and message in " ".join(err.split())
