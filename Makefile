@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 ALL_EXTRAS := test,dev
 MODEL ?=
 ARGS ?=
+SCRIPT ?=
 WORKERS ?= 2
 
 # $(call pip_install,VENV,WHAT as pip takes it): large downloads are shown as they start; all else goes to VENV/pip.log.
@@ -38,7 +39,7 @@ help:
 	@echo "make smoke        the loop on a tiny model, on Python 3.12 with the newest jax"
 	@echo "make soak         20 iterations on a tiny model: memory, files, threads and disk must stay flat"
 	@echo "make drill        20 kills of a run on a tiny model, and every other fault; ARGS='--kills 50' is only kills"
-	@echo "make bench        the benchmarks, scripts/bench_*.py"
+	@echo "make bench        the benchmarks, scripts/bench_*.py; SCRIPT=step ARGS='--pairs 8' is one of them, with options"
 	@echo "make goldens      writes the golden values that tests compare with anew"
 	@echo "PYTHON=python3.12 names another Python (3.11 or newer) for .venv."
 
@@ -136,8 +137,24 @@ drill: $(VENV)/.installed-all
 	@$(BIN)/python scripts/make_tiny_model.py
 	@$(BIN)/python scripts/drill.py $(or $(ARGS),--kills 20 --faults all)
 
-bench: $(VENV)/.installed-all
-	@for script in scripts/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+# Compilers are on the path of the scripts that need them alone. What fails is named at the end.
+bench: $(VENV)/.installed-all $(VENV)/.installed-tpu-compiler $(VENV)/.installed-gpu-compiler
+ifeq ($(SCRIPT),)
+	@[[ -z "$(ARGS)" ]] || { echo "Each script has options of its own: name one, such as SCRIPT=step." >&2; exit 2; }
+endif
+	@$(BIN)/python scripts/get_demo_model.py
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && failed="" && \
+	    for name in $(or $(SCRIPT),$(patsubst scripts/bench_%.py,%,$(wildcard scripts/bench_*.py))); do \
+	        echo "bench_$$name.py"; compiler="" file=""; \
+	        case $$name in \
+	            memory) compiler=tpu_compiler ;; \
+	            sampler_mesh) compiler=gpu_compiler ;; \
+	            mine) file=$$scratch/wf.jsonl; $(BIN)/python scripts/make_wildfeedback.py --out "$$file" --mb 100 || : ;; \
+	        esac; \
+	        env $${compiler:+PYTHONPATH=$(abspath $(VENV))/$$compiler} \
+	            $(BIN)/python "scripts/bench_$$name.py" $$file $(ARGS) || failed="$$failed $$name"; \
+	    done; \
+	    [[ -z $$failed ]] || { echo "failed:$$failed" >&2; exit 1; }
 
 goldens: $(VENV)/.installed-all
 	@$(BIN)/python scripts/make_goldens.py $(ARGS)

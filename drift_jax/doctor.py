@@ -25,6 +25,14 @@ from rich.table import Table
 DISTRIBUTION = "drift-jax"
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 Status = Literal["ok", "note", "warning", "error"]
+# Extras that do not go beside the package: vLLM pins versions of its own, and where JAX finds libtpu, every command
+# looks for a TPU first.
+_APART = {
+    "vllm": "in an environment of its own: python -m venv ~/vllm && ~/vllm/bin/pip install vllm; then name it, "
+    "vllm.python: /home/ME/vllm/bin/python",
+    "plan": f'in an environment of its own: python -m venv ~/plan && ~/plan/bin/pip install "{DISTRIBUTION}[plan]"; '
+    "then ~/plan/bin/drift plan",
+}
 _STYLES: dict[Status, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -196,7 +204,8 @@ def _check_extras() -> Iterator[Check]:
         missing = sorted(set(_find_missing(Requirement(f"{DISTRIBUTION}[{extra}]"))))
         if missing:
             detail = f"missing {', '.join(missing)}"
-            yield Check(f"extra {extra}", "note", detail, f'pip install "{DISTRIBUTION}[{extra}]"')
+            remedy = _APART.get(extra, f'pip install "{DISTRIBUTION}[{extra}]"')
+            yield Check(f"extra {extra}", "note", detail, remedy)
         else:
             yield Check(f"extra {extra}", "ok", "installed")
 

@@ -59,7 +59,10 @@ class BadRowsError(DataError):
 
     SHOWN = 20
 
-    def __init__(self, path: str, problems: Sequence[tuple[int, str]], total_rows: int) -> None:
+    def __init__(
+        self, path: str, problems: Sequence[tuple[int, str]], total_rows: int, whole: bool = True, hint: str = ""
+    ) -> None:
+        """`whole`: whether the file was read to its end; `hint`: what else may be the matter."""
         self.path = path
         self.problems = tuple(problems)
         self.total_rows = total_rows
@@ -68,7 +71,8 @@ class BadRowsError(DataError):
         if hidden > 0:
             shown.append(f"  ... and {hidden} more")
         super().__init__(
-            f"{len({line for line, _ in self.problems})} of {total_rows} rows in {path} cannot be used:\n"
-            + "\n".join(shown)
+            f"{len({line for line, _ in self.problems})} of {'' if whole else 'the first '}{total_rows} rows in {path} "
+            "cannot be used:\n"
+            + "\n".join([*shown, *([hint] if hint else [])])
             + "\nMend these rows, or pass --on-bad-row skip to go on without them (they are counted)."
         )

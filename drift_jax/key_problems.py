@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,17 @@ from pydantic_core import ErrorDetails
 from drift_jax.credentials import found
 
 _MAPPINGS = ("mesh.rules", "vllm.env")  # keys whose value has keys of its own
+
+
+def list_keys(kind: type) -> tuple[dict[str, type], list[str]]:
+    """The sections of a config's dataclass, and every key that it has, dotted."""
+    hints = typing.get_type_hints(kind)
+    sections = {n: hint for n, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+    keys: list[str] = []
+    for name in hints:
+        inner = dataclasses.fields(sections[name]) if name in sections else ()
+        keys += [f"{name}.{field.name}" for field in inner] or [name]
+    return sections, keys
 
 
 def describe_keys(error: ValidationError, sections: Mapping[str, type], keys: Sequence[str]) -> list[str]:

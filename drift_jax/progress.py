@@ -99,6 +99,7 @@ class StageProgress(abc.ABC):
     def _print(self, text: str) -> None: ...
 
 
+@final
 class _BarProgress(StageProgress):
     """A live bar; `bar` draws and refreshes it, also between two updates."""
 
@@ -116,6 +117,7 @@ class _BarProgress(StageProgress):
         self._bar.console.print(Text(text), soft_wrap=True)  # above the bar
 
 
+@final
 class _StatusColumn(ProgressColumn):
     """Redrawn twice a second, so that the time goes on during a long step."""
 
@@ -126,6 +128,7 @@ class _StatusColumn(ProgressColumn):
         return Text(f"{task.description}: {task.fields['status']()}")
 
 
+@final
 class _LineProgress(StageProgress):
     """For logs: a line when `seconds_between` have passed, and one at the end."""
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -34,10 +34,12 @@ _LAST_ANSWERS_S = 8  # for answers that are on their way when the run is to stop
 _KEY, _CALLS = "drift_jax/stop", "drift_jax/stop_calls"
 
 
+@final
 class Stopped(BaseException):
     """Asked to stop; all that was done is kept. No `Exception`, so that no library takes it for its own."""
 
 
+@final
 class _Note:
     """What this process knows of a request to stop."""
 

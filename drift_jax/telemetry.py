@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, final
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
         _import_tracker(name)
 
 
+@final
 class MetricsWriter:
     """Appends one JSON object per call to `directory/metrics.jsonl`, and copies it to the trackers.
 
@@ -213,6 +214,7 @@ class _TrackerSink(abc.ABC):
     def close(self) -> None: ...
 
 
+@final
 class _TensorBoardSink(_TrackerSink):
     def __init__(self, module: Any, directory: Path, project: str, resume_step: int | None) -> None:
         purge = 0 if resume_step is None else resume_step + 1
@@ -226,6 +228,7 @@ class _TensorBoardSink(_TrackerSink):
         self._writer.close()
 
 
+@final
 class _WandbSink(_TrackerSink):
     """One W&B run per attempt at a stage; a resumed stage continues it, and W&B ignores repeated steps."""
 
@@ -254,6 +257,7 @@ _SINKS: dict[str, Callable[[Any, Path, str, int | None], _TrackerSink]] = {
 }
 
 
+@final
 class StageTimer:
     """Seconds of a `with` block, and tokens per second of what was counted in it."""
 

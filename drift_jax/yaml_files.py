@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import yaml
 
@@ -17,6 +17,7 @@ _FOUND = {type(None): "nothing", list: "a list", str: "text"}
 _TOO_MUCH = f"more than {MOST_NODES:,} values once its aliases are written out"
 
 
+@final
 class _Loader(yaml.SafeLoader):
     """YAML whose floats follow YAML 1.2 (PyYAML reads `5e-7` as text), and whose mappings name a key once."""
 

@@ -24,9 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # runs from a checkout that is not installed
@@ -35,11 +35,30 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from drift_jax.checkpoint import Checkpointer  # noqa: E402
-from drift_jax.config import apply_override, build_config  # noqa: E402
+from drift_jax.config import RunConfig, apply_override, build_config  # noqa: E402
 from drift_jax.data.pairs import TokenizedPair  # noqa: E402
+from drift_jax.errors import DriftError  # noqa: E402
 from drift_jax.models.hf import load_params, load_qwen_config  # noqa: E402
 from drift_jax.sharding import build_layout  # noqa: E402
 from drift_jax.stages.dpo import build_loader, build_trainer  # noqa: E402
+
+Update = Callable[[Any, int], tuple[Any, float]]  # state and step -> state and seconds
+
+
+class Saving(NamedTuple):
+    """Updates with saves beside them: seconds of each update, and of each save before the next one could begin."""
+
+    seconds: list[float]
+    stalls: list[float]
+    last_write_s: float
+    size: int  # bytes of the last checkpoint
+    digest: list[int]  # of what it holds
+
+
+class Resuming(NamedTuple):
+    check_s: float
+    restore_s: float
+    digest: list[int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,21 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=args.folder))
     try:
         print(json.dumps(measure(args, folder)))
+    except DriftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         shutil.rmtree(folder)
     return 0
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "run_dir": str(folder),
-        "model": {"path": str(args.model), "compute_dtype": "float32"},
-        "data": {"max_length": args.max_length, "max_prompt_length": args.max_length // 2},
-        "train": {"batch_size": args.batch_size},
-    }
-    for override in args.overrides:
-        apply_override(raw, override)
-    config = build_config(raw)
+    config = choose_config(args, folder)
     layout, updates = build_layout(config.mesh), args.updates
     trainer = build_trainer(config, args.model, layout, 10 * updates)
     pairs = random_pairs(args.batch_size * updates, args.max_length, load_qwen_config(args.model).vocab_size)
@@ -80,63 +94,96 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load_s = time.monotonic() - start
     state = trainer.init_state(params)
     del params
-    state = jax.block_until_ready(trainer.step(state, loader.shuffled(0))[0])
 
     def update(state: Any, step: int) -> tuple[Any, float]:
         start = time.monotonic()
         state = jax.block_until_ready(trainer.step(state, loader.shuffled(step))[0])
         return state, time.monotonic() - start
 
-    plain, saved, saves = [], [], []
+    state, _ = update(state, 0)
+    plain = []
     for step in range(updates):
         state, seconds = update(state, step)
         plain.append(seconds)
-    with Checkpointer(folder / "checkpoints", 2) as checkpointer:
-        for step in range(updates):
-            state, seconds = update(state, step)
-            saved.append(seconds)
-            if (step + 1) % args.every == 0:
-                start = time.monotonic()
-                items = {"params": state.params, "optimizer": state.opt_state}
-                # Sums of the bits, to compare with: a copy of the state would be as large again.
-                if step + 1 + args.every > updates:
-                    wanted, start = digest(items), time.monotonic()
-                checkpointer.save(step + 1, items, {})
-                saves.append(time.monotonic() - start)
-        # Writing of the last one goes on beside updates as that of the others did.
-        for step in range(args.every):
-            state, seconds = update(state, step)
-            saved.append(seconds)
-        start = time.monotonic()
-        checkpointer.wait()
-        wait_s, last = time.monotonic() - start, checkpointer.latest_step()
-    size = sum(f.stat().st_size for f in (folder / "checkpoints" / str(last)).rglob("*") if f.is_file())
-    abstract = trainer.abstract_state
-    del state, items
-    with Checkpointer(folder / "checkpoints", 2) as checkpointer:
-        start = time.monotonic()
-        step = checkpointer.newest_whole(print)
-        check_s, start = time.monotonic() - start, time.monotonic()
-        assert step == last is not None
-        restored = checkpointer.restore(step, {"params": abstract.params, "optimizer": abstract.opt_state})
-        restored = jax.block_until_ready(restored)
-        restore_s = time.monotonic() - start
+    # Handed over: no name here keeps the state while it is restored.
+    states = [state]
+    del state
+    saving = save_beside(args, states, update, folder / "checkpoints")
+    resuming = resume(folder / "checkpoints", trainer.abstract_state)
     step_s = statistics.median(plain)
     return {
         "model": args.model.name,
         "device": jax.devices()[0].device_kind,
         "devices": layout.devices,
         "step_s": round(step_s, 4),
-        "checkpoint_gb": round(size / 1e9, 4),
-        "saves": len(saves),
-        "stall": round(statistics.median(saves) / step_s, 4),
-        "stall_max": round(max(saves) / step_s, 4),
-        "slowdown": round((statistics.mean(saved) + sum(saves) / len(saved)) / statistics.mean(plain) - 1, 4),
-        "last_write_s": round(wait_s, 3),
-        "resume_s": {"check": round(check_s, 3), "restore": round(restore_s, 3), "load": round(load_s, 3)},
-        "resume_share": round((check_s + restore_s + load_s) / (3600 * args.run_hours), 6),
-        "bit_identical": digest(restored) == wanted,
+        "checkpoint_gb": round(saving.size / 1e9, 4),
+        "saves": len(saving.stalls),
+        "stall": round(statistics.median(saving.stalls) / step_s, 4),
+        "stall_max": round(max(saving.stalls) / step_s, 4),
+        "slowdown": round(
+            (statistics.mean(saving.seconds) + sum(saving.stalls) / len(saving.seconds)) / statistics.mean(plain) - 1, 4
+        ),
+        "last_write_s": round(saving.last_write_s, 3),
+        "resume_s": {
+            "check": round(resuming.check_s, 3),
+            "restore": round(resuming.restore_s, 3),
+            "load": round(load_s, 3),
+        },
+        "resume_share": round((resuming.check_s + resuming.restore_s + load_s) / (3600 * args.run_hours), 6),
+        "bit_identical": resuming.digest == saving.digest,
     }
+
+
+def choose_config(args: argparse.Namespace, folder: Path) -> RunConfig:
+    raw: dict[str, Any] = {
+        "run_dir": str(folder),
+        "model": {"path": str(args.model), "compute_dtype": "float32"},
+        "data": {"max_length": args.max_length, "max_prompt_length": args.max_length // 2},
+        "train": {"batch_size": args.batch_size},
+    }
+    for override in args.overrides:
+        apply_override(raw, override)
+    return build_config(raw)
+
+
+def save_beside(args: argparse.Namespace, states: list[Any], update: Update, folder: Path) -> Saving:
+    """Updates with saves between them. Takes the state out of `states`, which is gone when this returns."""
+    state, seconds, stalls, wanted = states.pop(), [], [], []
+    with Checkpointer(folder, 2) as checkpointer:
+        for step in range(args.updates):
+            state, took = update(state, step)
+            seconds.append(took)
+            if (step + 1) % args.every == 0:
+                items = {"params": state.params, "optimizer": state.opt_state}
+                # Sums of the bits, to compare with: a copy of the state would be as large again.
+                if step + 1 + args.every > args.updates:
+                    wanted = digest(items)
+                start = time.monotonic()
+                checkpointer.save(step + 1, items, {})
+                stalls.append(time.monotonic() - start)
+                del items
+        # Writing of the last one goes on beside updates as that of the others did.
+        for step in range(args.every):
+            state, took = update(state, step)
+            seconds.append(took)
+        start = time.monotonic()
+        checkpointer.wait()
+        wait_s, last = time.monotonic() - start, checkpointer.latest_step()
+    size = sum(f.stat().st_size for f in (folder / str(last)).rglob("*") if f.is_file())
+    return Saving(seconds, stalls, wait_s, size, wanted)
+
+
+def resume(folder: Path, abstract: Any) -> Resuming:
+    """The newest checkpoint, checked and restored."""
+    with Checkpointer(folder, 2) as checkpointer:
+        start = time.monotonic()
+        step = checkpointer.newest_whole(print)
+        check_s, start = time.monotonic() - start, time.monotonic()
+        assert step is not None and step == checkpointer.latest_step()
+        restored = checkpointer.restore(step, {"params": abstract.params, "optimizer": abstract.opt_state})
+        restored = jax.block_until_ready(restored)
+        restore_s = time.monotonic() - start
+    return Resuming(check_s, restore_s, digest(restored))
 
 
 def digest(tree: Any) -> list[int]:

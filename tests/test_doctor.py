@@ -28,9 +28,11 @@ INSTALLED = {
             'drift-jax[trackers]; extra == "test"',
             'pytest>=9.0; extra == "test"',
             'nothing-here; extra == "windows" and sys_platform == "win32"',
+            'vllm>=0.32; extra == "vllm"',
+            'jax[tpu]; extra == "plan"',
         ],
     ),
-    "jax": ("0.10.2", ["jaxlib", 'jax-cuda12-plugin[with-cuda]; extra == "cuda"']),
+    "jax": ("0.10.2", ["jaxlib", 'jax-cuda12-plugin[with-cuda]; extra == "cuda"', 'libtpu==0.0; extra == "tpu"']),
     "tensorboardX": ("2.6.4", []),
     "pytest": ("8.4", []),
 }
@@ -50,7 +52,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, list[str]]
 
     class Metadata:
         def get_all(self, key: str) -> list[str]:
-            return ["cuda", "trackers", "test", "windows"]
+            return ["cuda", "trackers", "test", "windows", "vllm", "plan"]
 
     def read_metadata(name: str) -> Metadata:
         look_up(name)
@@ -83,6 +85,14 @@ def test_missing_extras_come_with_their_command(packages: object, tmp_path: Path
     assert checks["extra trackers"].detail == "missing wandb"
     assert checks["extra test"].detail == "missing pytest>=9.0 (found 8.4), wandb"
     assert checks["extra windows"].status == "ok"  # nothing of it is for this system
+
+
+@pytest.mark.parametrize("extra, command", [("vllm", "bin/pip install vllm;"), ("plan", '"drift-jax[plan]"; then')])
+def test_what_belongs_in_an_environment_of_its_own_says_so(
+    packages: object, tmp_path: Path, extra: str, command: str
+) -> None:
+    remedy = by_name(collect_checks(tmp_path, tmp_path))[f"extra {extra}"].remedy
+    assert remedy.startswith("in an environment of its own: python -m venv ") and command in remedy
 
 
 def test_an_installed_extra_is_ok(packages: dict[str, tuple[str, list[str]]], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from drift_jax.report.pairs import build_browser
 from drift_jax.report.runs import load_run, load_runs
 from drift_jax.report.watch import watch
 from tests.cli_runs import Drift, drift  # noqa: F401
+from tests.fake_hub import FakeHub
 from tests.report_runs import DROPPED, HELD_OUT, plain, write_run
 
 ROOM = 9_000_000
@@ -295,6 +296,23 @@ def test_the_card_has_data_recipe_figures_and_licence(drift: Drift, tmp_path: Pa
     assert "not stated in the base's files" in (run / "iter_2" / "hf" / "README.md").read_text()
     assert drift("card", run, "--license", "mit", "--out", tmp_path / "c.md")[0] == 0
     assert "license: mit" in (tmp_path / "c.md").read_text()
+
+
+@pytest.mark.parametrize("name, text", [("README.md", "---\nlicense: mit\n---\n"), ("LICENSE", "MIT License\n")])
+def test_the_card_knows_the_licence_of_a_base_from_the_hub(
+    drift: Drift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    run = write_run(tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(run / "base"), "Some/Base"))
+    for folder in (tmp_path / "base", run / "iter_2/hf"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "base" / name).write_text(text)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", FakeHub(tmp_path / "base", tmp_path / "hub").download)
+    assert drift("card", run)[0] == 0
+    card = (run / "iter_2/hf/README.md").read_text()
+    assert "license: mit" in card and "base_model: Some/Base" in card
 
 
 def test_the_card_has_results_of_alpaca_eval(drift: Drift, tmp_path: Path) -> None:

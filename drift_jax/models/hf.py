@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic needs it on Python 3.11
 from drift_jax.distributed import on_each
 from drift_jax.errors import ModelError
 from drift_jax.files import leaves
-from drift_jax.models.architecture import QwenConfig, load_hf_config, qwen_config_from_hf
+from drift_jax.models.architecture import QwenConfig, how_to_get, load_hf_config, qwen_config_from_hf
 from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf_shape, is_stacked, view_as_ours
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared, param_shardings
 from drift_jax.models.rows import PIECE_BYTES, Assembly, count_rows, cut_rows
@@ -30,8 +30,11 @@ from drift_jax.models.safetensors_file import DTYPES, check_header
 from drift_jax.reading import check_form, read_json
 from drift_jax.sharding import Layout
 
+# The first one that is there says what a model may be used for; it goes along with what is made from the model.
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 # What a model directory holds besides weights and config.json.
 COMPANION_FILES = (
+    *LICENCE_FILES,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,7 +50,7 @@ Progress = Callable[[int, int], None]  # (bytes of this tensor, bytes of all)
 
 
 def resolve_model(path: str, revision: str | None = None) -> Path:
-    """A local directory as it is; a hub id is downloaded (safetensors, configs and tokenizer files only).
+    """A local directory as it is; a hub id is downloaded (safetensors, configs, tokenizer files and licence only).
 
     Raises:
       ModelError: there is neither a directory nor an answer from the hub.
@@ -56,11 +59,13 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     if local.is_dir():
         return local
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ModelError(f"no model directory at {path}. Give a Hugging Face directory or a hub id (org/name).")
+        how = how_to_get(path) or "Give a Hugging Face directory or a hub id (org/name)."
+        raise ModelError(f"no model directory at {path}. {how}")
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", *COMPANION_FILES, "config.json"]
+        # README.md names the licence as well: see report/card.py.
+        patterns = ["*.safetensors", "*.safetensors.index.json", *COMPANION_FILES, "config.json", "README.md"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise ModelError(

@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from drift_jax.errors import DataError, DriftError
 from drift_jax.evaluation.report import Report, to_markdown
-from drift_jax.files import atomic_writer
-from drift_jax.models.hf import resolve_model
+from drift_jax.files import atomic_writer, refuse_file_in_path
+from drift_jax.models.hf import LICENCE_FILES, resolve_model
 from drift_jax.records import read_dsat, read_pairs
 from drift_jax.report.numbers import drops_section, measures_of, stages_section, versions_section
 from drift_jax.report.runs import Run, Stage
@@ -23,7 +23,6 @@ from drift_jax.yaml_files import parse_yaml
 
 CARD_FILE = "README.md"
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 # As a hub writes them: what the first lines of a licence file say.
 _KNOWN_TEXTS = (
     ("Apache License", "apache-2.0"),
@@ -54,6 +53,7 @@ def write_card(run: Run, out: Path | None = None, licence: str | None = None) ->
             f"{run.folder / 'config.yaml'} lacks what the card says: {error}. Restore the config that the run was made "
             "with."
         ) from None
+    refuse_file_in_path(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as file:
         file.write(text)
@@ -134,7 +134,7 @@ def _licence_of(base: str, revision: str | None) -> str | None:
             said = None
         if isinstance(said, Mapping) and isinstance(said.get("license"), str):
             return said["license"]
-    for name in _LICENCE_FILES:
+    for name in LICENCE_FILES:
         if (folder / name).is_file():
             first = (folder / name).read_text(encoding="utf-8", errors="replace")[:500]
             return next((known for words, known in _KNOWN_TEXTS if words.lower() in first.lower()), "other")

@@ -69,7 +69,7 @@ def mine_stage(job: MineJob, config: MiningConfig, console: Console, detector: F
 
     Raises:
       BadRowsError: rows cannot be used, under `stop`.
-      DataError: the input cannot be read, or holds no row.
+      DataError: the input cannot be read, or holds no row; rows were broken, and the others gave no record.
     """
     if (detector is None) != (job.log_format in LABELLED):
         raise DataError(f"format {job.log_format}: a detector is for logs without labels, and those need one.")
@@ -81,6 +81,7 @@ def mine_stage(job: MineJob, config: MiningConfig, console: Console, detector: F
         run.drop_near_duplicates()
         if not run.rows:
             raise DataError(f"{', '.join(s.location for s in job.sources)}: there is no row to mine.")
+        run.refuse_nothing()
         tally = Tally(config.split.seed)
         files = {name: run.write(name, tally) for name in FILES}
     stats = run.stats(tally, files, detector.stats() if detector else {})
@@ -140,7 +141,7 @@ class _Run:
     ) -> None:
         self.rows = 0
         self._job, self._config, self._spool, self._advance = job, config, spool, advance
-        self._bad = BadRows(job.on_bad_row)
+        self._bad = BadRows(job.on_bad_row, job.log_format, {one.name: one.location for one in job.sources})
         self._hygiene = Hygiene(config.hygiene)
         self._near = {kind: NearDuplicates(config.hygiene.max_similarity) for kind in KINDS}
         self._starts = {kind: array("Q") for kind in KINDS}  # where a record stands in the spool
@@ -229,6 +230,20 @@ class _Run:
         split, row, text = orjson.loads(self._spool.readline())
         return split, row, text
 
+    def refuse_nothing(self) -> None:
+        """Raises `DataError` where no record is left and rows were broken: those may have held them."""
+        kept = sum(len(self._starts[kind]) - len(self._duplicates[kind]) for kind in KINDS)
+        if kept or not self._bad.count:
+            return
+        first = self._bad.shown[0]
+        left = [f"{why}: {n}" for part in self._about_input()["left_out"].values() for why, n in part.items()]
+        raise DataError(
+            f"no record was found: {self._bad.count:,} of {self.rows:,} rows cannot be used, the first of them "
+            f"{self._bad.locations[first['source']]}:{first['row']}: {first['why']}."
+            + (f" Left out besides: {'; '.join(left)}." if left else "")
+            + f" Mend the rows, or take another --format than {self._job.log_format}."
+        )
+
     # --- writing ---
 
     def write(self, name: str, tally: Tally) -> dict[str, Any]:
@@ -266,7 +281,8 @@ class _Run:
         if self._found["seed"] and not files["seed.test.jsonl"]["rows"]:
             notes.append("No seed pair is held out: leave data.seed_test out, or raise split.test_share.")
         if not sum(tally.records["dsat"].values()):
-            notes.append("No DSAT record was found: the reasons in left_out say why.")
+            where = "left_out and bad_rows" if self._bad.count else "left_out"
+            notes.append(f"No DSAT record was found: the reasons in {where} say why.")
         return {
             "format": self._job.log_format,
             "sources": self._sources,

@@ -10,7 +10,8 @@
 #
 # With --base-docker-image IMAGE instead, XPK lays this checkout over IMAGE, so that changed code and configs need no new
 # build. The run directory, the model and the data must be on the storage, which `xpk storage attach` makes known to the
-# cluster under a name and a mount point: a Filestore (--type gcpfilestore --readonly false), say. To resume, run the
+# cluster under a name and a mount point: a Filestore (--type gcpfilestore --readonly false), say. Name the data there:
+# `--set data.dsat=/mnt/drift/wildfeedback/dsat.jsonl`, as the image has no data and looks for it in /app. To resume, run the
 # same command again; --max-restarts has the cluster do it after a host was lost.
 #
 # --cluster NAME             the cluster (required)

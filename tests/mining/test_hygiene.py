@@ -232,7 +232,7 @@ def test_conversations_that_begin_alike_are_on_one_side() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("hygiene.max_similarty=0.5", "hygiene.max_similarty"),
+        ("hygiene.max_similarty=0.5", "max_similarty: unknown key. Did you mean hygiene.max_similarity?"),
         ("hygiene.max_reply=0", "hygiene.max_reply"),
         ("split.test_share=2", "split.test_share"),
         ("wildfeedback.both_labels=some", "wildfeedback.both_labels"),
@@ -244,6 +244,19 @@ def test_impossible_rules(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_mining_config(None, [override])
     assert message in str(error.value)
+
+
+def test_words_that_yaml_takes_for_booleans(tmp_path: Any) -> None:
+    """Unquoted, YAML 1.1 reads `yes` as true, and `no`, which is Norwegian, as false."""
+    said = ["wildfeedback.preceding=yes", "wildfeedback.missing_label=false", "hygiene.languages=[en, no]"]
+    (tmp_path / "rules.yaml").write_text(
+        "wildfeedback: {preceding: yes, missing_label: false}\nhygiene: {languages: [en, no]}\n"
+    )
+    for config in (load_mining_config(None, said), load_mining_config(tmp_path / "rules.yaml")):
+        assert (config.wildfeedback.preceding, config.wildfeedback.missing_label) == ("yes", "false")
+        assert config.hygiene.languages == ("en", "no")
+    with pytest.raises(ConfigError, match="preceding: Input should be 'yes' or 'any', found False"):
+        load_mining_config(None, ["wildfeedback.preceding=no"])
 
 
 def test_rules_of_a_file(tmp_path: Any) -> None:

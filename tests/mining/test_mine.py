@@ -173,6 +173,21 @@ def test_nothing_private_is_in_any_file(drift: Drift, tmp_path: Path, stub_detec
         assert "PRIVATE" not in (tmp_path / "out" / name).read_text(), name
 
 
+def test_a_message_in_csv_may_look_like_json(drift: Drift, tmp_path: Path) -> None:
+    import csv
+
+    rows = [user(0, "Give me a list."), agent(1, "[1, 2]"), user(2, '{"not": "what I asked for"}', dsat=True)]
+    path = tmp_path / "wf.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    mine(drift, path, "--out", tmp_path / "out", log_format="wildfeedback")
+    (row,) = read_file(tmp_path / "out/dsat.jsonl")
+    assert row["rejected"][0]["content"] == "[1, 2]"
+    assert row["user_preference"]["content"] == '{"not": "what I asked for"}'
+
+
 def test_records_keep_the_evidence_of_the_detector(drift: Drift, tmp_path: Path, stub_detector: None) -> None:
     path = write_rows(tmp_path / "m.jsonl", [{"messages": [
         {"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
@@ -295,7 +310,7 @@ def test_masking_is_for_all_files(drift: Drift, tmp_path: Path, stub_detector: N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "messages", "--detector", "judge", "--set", "detector.speed=1"], "speed: Unexpected"),
+        (["--format", "messages", "--detector", "judge", "--set", "detector.speed=1"], "speed: unknown key"),
         (["--format", "wildfeedback", "--detector", "rules"], "which has labels of its own"),
         (["--format", "wildfeedback", "--judge-config", "nowhere.yaml"], "nowhere.yaml"),
         (["--format", "wildfeedback", "--set", "hygiene.max=1"], "hygiene.max"),
@@ -351,12 +366,6 @@ def test_a_nought_is_not_taken_for_what_was_left_out(drift: Drift, tmp_path: Pat
     more = ["--format", "messages", "--detector", "judge", *given, "--out", tmp_path / "out"]
     code, _, err = drift("mine", path, *more)
     assert code == 2 and says in " ".join(err.split()), err
-
-
-def test_an_empty_input(drift: Drift, tmp_path: Path) -> None:
-    (tmp_path / "wf.jsonl").touch()
-    code, _, err = drift("mine", tmp_path / "wf.jsonl", "--format", "wildfeedback", "--out", tmp_path / "out")
-    assert code == 2 and "there is no row to mine" in " ".join(err.split())
 
 
 def test_progress_has_rate_and_time_left(labelled: Path, tmp_path: Path) -> None:

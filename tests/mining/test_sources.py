@@ -179,3 +179,19 @@ def test_bad_rows_are_listed_together_or_counted() -> None:
         for row in range(100):
             another.add("f", row, "why")
     assert another.count == BadRowsError.SHOWN + 1
+
+
+def test_rows_of_another_format_are_asked_about() -> None:
+    """Reading stops at the 21st: of how many rows they are is not known, and the file has the name that was given."""
+    rows = BadRows("stop", "messages", {"f": "logs/f"})
+    with pytest.raises(BadRowsError) as error:
+        for row in range(1, 65):
+            rows.add("f", row, f"messages must be a list of turns{text_rows.name_keys({'prompt': 1})}")
+    said = str(error.value)
+    assert "21 of the first 21 rows in logs/f cannot be used" in said and "logs/f:1: messages must be" in said
+    assert "No row has the fields of --format messages: is that the right one?" in said
+    rows = BadRows("stop", "messages", {"f": "logs/f"})
+    with pytest.raises(BadRowsError) as error:
+        for row in range(1, 65):
+            rows.add("f", row, "messages[0].content must be text, found 7")
+    assert "--format" not in str(error.value)

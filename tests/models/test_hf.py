@@ -19,6 +19,7 @@ from drift_jax.models.hf import load_params, load_qwen_config, resolve_model
 from drift_jax.models.hf_export import save_hf
 from drift_jax.sharding import Layout, build_layout
 from drift_jax.stages.export import mesh_for_export
+from tests.fake_hub import FakeHub
 from tests.full_disk import full_disk  # noqa: F401
 from tests.tiny_models import build_tiny_model
 
@@ -212,6 +213,19 @@ def test_a_hub_id_without_the_hub_is_one_message(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="Qwen/Nothing is no directory here, and the hub did not give it"):
         resolve_model("Qwen/Nothing")
+
+
+def test_a_hub_model_comes_with_its_licence(model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also into what is exported from it; its README.md stays behind, as that of an export is of the export."""
+    for name in ("LICENSE", "README.md", "pytorch_model.bin"):
+        (model_dir / name).write_text(name)
+    hub = FakeHub(model_dir, tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+    found = resolve_model("Some/Model", "main")
+    names = {path.name for path in found.iterdir()}
+    assert {"LICENSE", "README.md", "config.json", "model.safetensors"} <= names and "pytorch_model.bin" not in names
+    save_hf(load_params(found, single_device()), found, tmp_path / "out", "float32")
+    assert (tmp_path / "out/LICENSE").read_text() == "LICENSE" and not (tmp_path / "out/README.md").exists()
 
 
 def test_an_indivisible_mesh_is_refused_with_both_numbers(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ after the complaint. Conversations that begin with the same user message are on 
 The held-out rows of `dsat.jsonl` and `sat.jsonl` stand first. A run reads one of the two: give `data.test_rows` the
 number of that file.
 
+{% if stats.files['dsat.jsonl'].rows %}
 * `data.dsat: dsat.jsonl` (all methods but `spin`): `data.test_rows: {{ stats.files['dsat.jsonl'].test_rows }}`
+{% endif %}
 {% if stats.files['sat.jsonl'].rows %}
 * `data.sat: sat.jsonl` (`recipe.method: spin`): `data.test_rows: {{ stats.files['sat.jsonl'].test_rows }}`
 {% endif %}

@@ -11,15 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from drift_jax.config import NonNegativeInt, PositiveInt, Share, apply_override
-from drift_jax.credentials import found
 from drift_jax.errors import ConfigError
+from drift_jax.key_problems import describe_keys, list_keys
 from drift_jax.yaml_files import read_yaml
 
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 ConfigT = TypeVar("ConfigT")
+
+
+def _word(boolean: bool, word: str) -> BeforeValidator:
+    """A word that YAML 1.1 reads as a boolean where nobody quotes it."""
+    return BeforeValidator(lambda value: word if value is boolean else value)
+
+
 Format = Literal["wildfeedback", "wildchat", "messages", "sharegpt", "ultrafeedback"]
 FieldPath = Annotated[str, Field(min_length=1)]  # a key, or keys joined by dots
 
@@ -31,8 +38,10 @@ class WildFeedbackRules:
     __pydantic_config__ = _FORBID_EXTRA
 
     both_labels: Literal["dsat", "sat", "neither"] = "dsat"  # what a row is whose two labels are true
-    missing_label: Literal["false", "bad_row"] = "false"  # what a boolean means that is not there
-    preceding: Literal["yes", "any"] = "yes"  # yes: only labels whose `Preceeding` is YES judge the reply before
+    # What a boolean means that is not there.
+    missing_label: Annotated[Literal["false", "bad_row"], _word(False, "false")] = "false"
+    # yes: only labels whose `Preceeding` is YES judge the reply before.
+    preceding: Annotated[Literal["yes", "any"], _word(True, "yes")] = "yes"
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ class HygieneRules:
     min_reply: NonNegativeInt = 1
     max_reply: PositiveInt = 32_000
     max_prompt: PositiveInt = 64_000  # of all its messages
-    languages: tuple[str, ...] = ()  # ISO 639-1 codes, such as en; empty: all (extra `language`)
+    # ISO 639-1 codes, such as en; empty: all (extra `language`).
+    languages: tuple[Annotated[str, _word(False, "no")], ...] = ()
     exact_duplicates: Literal["drop", "keep"] = "drop"
     max_similarity: Share = 0.9  # of last prompt message, reply and complaint to an earlier record's; 1: off
     mask_pii: bool = False  # e-mail addresses, phone numbers, ... are replaced by their kind
@@ -127,9 +137,6 @@ def validate(kind: type[ConfigT], raw: dict[str, Any], source: str) -> ConfigT:
     try:
         return TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}{found(e['loc'], e['input'])}."
-            for e in error.errors()
-        ]
+        lines = describe_keys(error, *list_keys(kind))
         keys = ", ".join(f.name for f in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
         raise ConfigError(f"{source}:\n" + "\n".join(lines) + f"\nThe keys are {keys}.") from None

@@ -13,6 +13,7 @@ import re
 import zlib
 from array import array
 from collections.abc import Callable
+from typing import final
 
 import numpy as np
 from jaxtyping import UInt64
@@ -33,6 +34,7 @@ _MOST_COMPARED = 50  # records that meet in a band and are compared with one of 
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|[^\W_]+")
 
 
+@final
 class Hygiene:
     """The rules that look at one record, and at which ones were there before it."""
 
@@ -85,6 +87,7 @@ def held_out(mined: Mined, rules: SplitRules) -> bool:
     return int.from_bytes(digest[:8], "big") < rules.test_share * 2**64
 
 
+@final
 class NearDuplicates:
     """Records of one kind, in their order. `add` each, then ask for those that are like an earlier one."""
 

@@ -11,13 +11,13 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, NoReturn, final
 
 from drift_jax.data.mining import text_rows
-from drift_jax.data.mining.text_rows import BadRow, Numbered
+from drift_jax.data.mining.text_rows import HOLDS, BadRow, Numbered
 from drift_jax.data.tables import check_table
 from drift_jax.errors import BadRowsError, DataError, DriftError
 from drift_jax.reading import open_file
@@ -50,6 +50,8 @@ class BadRows:
     """Rows that cannot be used, as they come: counted under `skip`, reported together under `stop`."""
 
     on_bad_row: OnBadRow
+    log_format: str = ""
+    locations: Mapping[str, str] = field(default_factory=dict)  # of sources by their names, for errors
     count: int = 0
     shown: list[dict[str, Any]] = field(default_factory=list)  # the first of them, for stats.json
     _of_source: list[tuple[int, str]] = field(default_factory=list)
@@ -64,12 +66,17 @@ class BadRows:
         if self.on_bad_row == "stop":
             self._of_source.append((row, why))
             if len(self._of_source) > BadRowsError.SHOWN:
-                self.settle(source, row)
+                self._refuse(self.locations.get(source, source), row, whole=False)
 
     def settle(self, source: str, rows: int) -> None:
         """At the end of a source. Raises `BadRowsError` under `stop` if it had any."""
         if self._of_source:
-            raise BadRowsError(source, self._of_source, rows)
+            self._refuse(source, rows, whole=True)
+
+    def _refuse(self, source: str, rows: int, whole: bool) -> NoReturn:
+        foreign = len(self._of_source) == rows and all(HOLDS in why for _, why in self._of_source)
+        hint = f"No row has the fields of --format {self.log_format}: is that the right one?" if foreign else ""
+        raise BadRowsError(source, self._of_source, rows, whole, hint)
 
 
 # --- which sources ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from typing import Any
+from typing import Any, final
 
 from drift_jax.data.mining.mined import KINDS
 from drift_jax.records import Row
@@ -14,6 +14,7 @@ _EXAMPLES = 12
 _LONGEST_BIN = 20  # 2**20 characters and more
 
 
+@final
 class Tally:
     """Counts rows of the files one by one; holds numbers and the examples."""
 
