@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from drift_jax.distributed import on_each, on_main
+from drift_jax.distributed import gather, on_each, on_main
 from drift_jax.errors import DriftError, StageError
 from drift_jax.models.architecture import load_hf_config
 from drift_jax.models.hf import COMPANION_FILES, check_links, load_qwen_config
@@ -28,6 +28,7 @@ from drift_jax.models.hf_layout import Bounds, copy_cast, hf_index, hf_names, hf
 from drift_jax.models.qwen import Declared, declare_qwen, is_declared
 from drift_jax.models.rows import count_rows, cut_rows, read_rows
 from drift_jax.models.safetensors_file import SafetensorsWriter
+from drift_jax.models.weight_changes import WeightChanges
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name, in the order in which they lie in a file
 
@@ -38,7 +39,9 @@ class Parameter(NamedTuple):
     sharding: NamedSharding
 
 
-def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str, max_shard_gib: float = 4.0) -> None:
+def save_hf(
+    params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str, max_shard_gib: float = 4.0
+) -> float | None:
     """Writes a directory that transformers and vLLM load.
 
     `source_dir` is the directory the policy came from: its config, generation config, tokenizer files and chat
@@ -48,6 +51,9 @@ def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str,
 
     Args:
       params: arrays placed on a mesh, as `load_params` or a restored checkpoint has them.
+
+    Returns:
+      The share of the weights that differ from those of `source_dir`, both as `dtype`; None where it has no such ones.
 
     Raises:
       StageError: the disk is full or not writable, or `out_dir` is there and is no model's directory; nothing is left
@@ -60,7 +66,8 @@ def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str,
         for leaf, array in zip(jax.tree.leaves(declared, is_leaf=is_declared), jax.tree.leaves(params), strict=True)
     ]
     files = divide_into_files([leaf for leaf, _, _ in parameters], dtype, int(max_shard_gib * 2**30))
-    folder = _Folder(out_dir, files, dtype)
+    shapes = {name: shape for file in files.values() for name, shape in file.items()}
+    folder = _Folder(out_dir, files, dtype, WeightChanges(source_dir, shapes))
     on_main(folder.check_names)
     try:
         on_main(folder.make)
@@ -69,10 +76,12 @@ def save_hf(params: dict[str, Any], source_dir: Path, out_dir: Path, dtype: str,
             _write_weights(parameters, folder)
             on_each(folder.finish_files)
         on_main(lambda: folder.complete(source_dir))
+        counts = gather((folder.changes.known, folder.changes.changed, folder.changes.weights))
     except DriftError:
         on_each(lambda: None)  # all have closed their files now
         on_main(folder.remove)
         raise
+    return sum(n for _, n, _ in counts) / sum(n for *_, n in counts) if all(known for known, *_ in counts) else None
 
 
 def divide_into_files(leaves: list[Declared], dtype: str, max_bytes: int) -> dict[str, Shapes]:
@@ -172,8 +181,8 @@ def _distinct_shards(array: jax.Array) -> Iterator[tuple[Bounds, jax.Array]]:
 class _Folder:
     """A directory in the making, under a temporary name, and the files in it that this process writes."""
 
-    def __init__(self, out_dir: Path, files: Mapping[str, Shapes], dtype: str) -> None:
-        self.dtype = np.dtype(dtype)
+    def __init__(self, out_dir: Path, files: Mapping[str, Shapes], dtype: str, changes: WeightChanges) -> None:
+        self.dtype, self.changes = np.dtype(dtype), changes
         # Where a link leads: the link stays, and a name is never `.` or `..`.
         self._dtype_name, self._out_dir, self._files = dtype, out_dir.resolve(), files
         self._path, self._old = (self._out_dir.with_name(f"{self._out_dir.name}.{end}") for end in ("tmp", "old"))
@@ -187,7 +196,7 @@ class _Folder:
         """Raises `StageError` where more than a model would be replaced; on process 0."""
         with self._refusals():
             for path in (self._out_dir, self._path, self._old):
-                _check_replaceable(path)
+                check_replaceable(path)
 
     def make(self) -> None:
         """An empty directory; on process 0."""
@@ -213,6 +222,8 @@ class _Folder:
                 self._writers[self._file_of[tensor]].write(tensor, first_row, rows)
             except OSError as error:
                 self._failure = error
+            else:
+                self.changes.count(tensor, first_row, rows)
 
     def check(self) -> None:
         """Raises `StageError` when a write has failed."""
@@ -289,7 +300,7 @@ class _Folder:
             ) from None
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Raises `StageError` for what is there and no model's directory: an export takes the whole name."""
     if not directory.exists():
         return
