@@ -42,6 +42,20 @@ def test_the_first_loss_must_be_ln_2() -> None:
             )
 
 
+def test_in_bfloat16_the_first_loss_may_miss_ln_2_by_its_roundings_and_no_more() -> None:
+    """Half of beta times the roundings of the longer log-prob: 0.5 * 0.1 * 200 / 256 nats."""
+    room = 0.5 * 0.1 * 200 / 256
+    for off, sound in ((0.9 * room, True), (-0.9 * room, True), (1.1 * room, False), (-1.1 * room, False)):
+        metrics = {"loss": math.log(2) + off, "nll_loss": 0.0, "logps/chosen": -120.0, "logps/rejected": LOGPS}
+        if sound:
+            check_first_loss(metrics, CONFIG, "bfloat16")
+            with pytest.raises(StageError, match="not ln 2"):  # float32 has no such roundings
+                check_first_loss(metrics, CONFIG)
+        else:
+            with pytest.raises(StageError, match=r"not ln 2 = 0\.693147 within 0\.04 \(bfloat16\)"):
+                check_first_loss(metrics, CONFIG, "bfloat16")
+
+
 def changed(share: float, learning_rate: float = 1.4e-8) -> dict[str, float]:
     return {"params_changed": share, "learning_rate": learning_rate}
 
