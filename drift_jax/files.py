@@ -71,6 +71,16 @@ def check_checkpoint_place(directory: Path) -> None:
         )
 
 
+def refuse_file_in_path(directory: Path) -> None:
+    """Raises `StageError` where a directory cannot be, or be made, as a part of its path is something else."""
+    for place in (directory, *directory.parents):
+        if place.is_dir():
+            return
+        if os.path.lexists(place):
+            what = "a file" if place.is_file() else "no directory"
+            raise StageError(f"there can be no directory {directory}: {place} is {what}. Give another path.")
+
+
 def leaves(path: Path, directory: Path) -> bool:
     """Whether a path, all links followed, is outside of the directory that is to hold it.
 

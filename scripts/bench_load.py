@@ -24,6 +24,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # runs from a checkout that is not installed
 
+from drift_jax.errors import DriftError  # noqa: E402
+from drift_jax.models.architecture import load_hf_config  # noqa: E402
 from drift_jax.models.published import ARCHITECTURES  # noqa: E402
 
 
@@ -83,7 +85,17 @@ def measure_transformers(model: Path, dtype: str) -> dict[str, float]:
     return {"peer_peak_rss_gib": round(peak_rss_gib(), 3), "peer_seconds": round(time.monotonic() - start, 2)}
 
 
-def main() -> None:
+def main() -> int:
+    try:
+        run_benchmark()
+    except DriftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_benchmark() -> None:
+    """Raises `DriftError` for a model that cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: .cache/demo_model, or .cache/random-SHAPE")
     parser.add_argument("--shape", choices=tuple(ARCHITECTURES), help="random weights in the shape of this model")
@@ -103,6 +115,7 @@ def main() -> None:
             from scripts.make_random_model import make_random_model
 
             make_random_model(ARCHITECTURES[args.shape], model)
+        load_hf_config(model)  # what is no model's directory is said here, not in the child
         row = {
             "bench": "load and export" if args.export else "load",
             "model": model.name,
@@ -112,10 +125,13 @@ def main() -> None:
         }
         for child in ("ours", *(() if args.peer == "none" else (args.peer,))):
             words = [sys.executable, __file__, *sys.argv[1:], "--child", child]
-            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+            if done.returncode == 2:  # it has said why
+                sys.exit(2)
+            done.check_returncode()
             row |= json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(row))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

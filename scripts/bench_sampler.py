@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "scripts" / "peers")]  # runs from a checkout that is not installed
 
+from drift_jax.errors import DriftError  # noqa: E402
+
 if TYPE_CHECKING:
     from drift_jax.sampling.base import Sampler
 
@@ -207,7 +209,17 @@ def measure_bound(model: Path, dtype: str, prompts: list[int], new: int, ours: d
     }
 
 
-def main() -> None:
+def main() -> int:
+    try:
+        run_benchmark()
+    except DriftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_benchmark() -> None:
+    """Raises `DriftError` for a model or data that cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=REPO / ".cache" / "demo_model")
     parser.add_argument("--data", type=Path, default=REPO / "data" / "sample" / "dsat.jsonl")
@@ -245,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

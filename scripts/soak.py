@@ -38,6 +38,7 @@ from rich.console import Console  # noqa: E402
 
 from drift_jax import recipe  # noqa: E402
 from drift_jax.config import RunConfig, load_config  # noqa: E402
+from drift_jax.errors import DriftError  # noqa: E402
 
 FIRST = 3  # the first iteration whose figures are compared: programs are compiled and caches are filled by then
 EXACT = ("open_files", "processes", "jax_arrays", "temporary_bytes")
@@ -55,12 +56,17 @@ def main() -> int:
     os.chdir(REPO)  # the config's paths
     with tempfile.TemporaryDirectory(prefix="drift-soak-") as folder:
         changes = [f"recipe.iterations={args.iterations}", f"model.path={args.model}", *args.set]
-        config = load_config(args.config, [*changes, f"run_dir={Path(folder) / 'run'}"])
         temporary = Path(folder) / "tmp"
         temporary.mkdir()
         tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)  # ours and that of children
-        figures = soak(config, temporary)
-        tempfile.tempdir = None
+        try:
+            config = load_config(args.config, [*changes, f"run_dir={Path(folder) / 'run'}"])
+            figures = soak(config, temporary)
+        except DriftError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        finally:
+            tempfile.tempdir = None
     problems = judge(figures, args.slack)
     print(json.dumps({"iterations": figures, "flat": not problems, "problems": problems}))
     return 1 if problems else 0

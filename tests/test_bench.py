@@ -283,3 +283,14 @@ def test_launches_that_are_tried_are_not_those_of_the_one_before(attention: Any)
     texts = [jax.jit(attention.with_launches(function, one)).lower(*rows, seen).as_text() for one in launches]
     again = [jax.jit(function).lower(*rows, seen).as_text() for _ in launches]
     assert texts[0] != texts[1] and again[0] == again[1]
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "load", "sampler", "step"])
+def test_a_model_that_is_not_there_is_one_error(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"bench_{name}.py", "--model", "nope"])
+    with script_module(REPO / "scripts" / f"bench_{name}.py") as module:
+        assert module.main() == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and "nope" in said.err and len(said.err.splitlines()) == 1 and not said.out

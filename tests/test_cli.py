@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli_runs import Drift, base, change_config, drift, model_dir  # noqa: F401
-from tests.tiny_pairs import build_tiny_policy
+from tests.tiny_pairs import build_tiny_policy, write_pairs
 
 COMMANDS = ("run", "sample", "train", "export", "mesh", "mine", "data", "presets", "config", "report", "card", "doctor")
 CHOICES = ("drift", "paper", "trl1", "generation_prompt", "trl0.12.0-0.12.2", "group_token_mean", "nonzero")
@@ -140,6 +140,21 @@ def test_no_config_and_no_model(drift: Drift, base: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("demo_model", "`python scripts/get_demo_model.py`"), ("tiny_model", "`python scripts/make_tiny_model.py`")],
+)
+def test_a_model_that_a_checkout_makes_itself_is_named_with_its_command(
+    drift: Drift, base: Path, name: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base)
+    for path in (f".cache/{name}", base / ".cache" / name):
+        assert remedy in run_refused(drift, base, "--set", f"model.path={path}")
+        assert remedy in " ".join(
+            drift("plan", "config.yaml", "--devices", 1, "--set", f"model.path={path}")[2].split()
+        )
+
+
 def remove_weights(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
 
@@ -186,8 +201,82 @@ def test_train_and_export_alone(drift: Drift, base: Path) -> None:
     code, _, err = drift("export", base / "out/checkpoints", "--model", base / "model", "--out", base / "again")
     assert code == 0, err
     assert (base / "again/config.json").exists()
-    code, _, err = drift("export", base / "model", "--model", base / "model", "--out", base / "third")
+    code, _, err = drift("export", base / "pairs", "--model", base / "model", "--out", base / "third")
     assert code == 2 and "holds no whole checkpoint" in err.replace("\n", " ")
+    for near in ("out", "out/hf", "out/checkpoints/1", "."):
+        code, _, err = drift("export", base / near, "--model", base / "model", "--out", base / "third")
+        assert code == 2 and f"Give {base / 'out/checkpoints'}." in err.replace("\n", ""), near
+    assert not (base / "third").exists()
+
+
+def test_an_export_that_would_replace_other_files_restores_nothing(
+    drift: Drift, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base / "checkpoints" / "1").mkdir(parents=True)
+    monkeypatch.setattr("drift_jax.stages.export.Checkpointer", lambda *_: pytest.fail("it was opened"))
+    code, _, err = drift("export", base / "checkpoints", "--model", base / "model", "--out", base / "pairs")
+    assert code == 2 and "pairs is there and holds no model: all of it would be replaced" in err.replace("\n", " ")
+
+
+def test_stages_alone_stay_out_of_the_folder_of_a_run(drift: Drift, base: Path) -> None:
+    """It goes on from what is there, such as checkpoints; a folder beside its stages is nobody's."""
+    entry = {"config": {}, "inputs": {}, "started": "now", "finished": None, "summary": {}}
+    manifest = {"format": 1, "stages": {"seed/train": entry, "iter_1/sample": entry}, "hashes": {}}
+    run = base / "run"
+    (run / "iter_1").mkdir(parents=True)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    config, model = base / "config.yaml", ("--model", base / "model")
+    train = ("train", config, *model, "--pairs", base / "pairs", "--out")
+    sample = ("sample", config, *model, "--input", base / "dsat.jsonl", "--out")
+    before = sorted(run.rglob("*"))
+    for words in (train, sample):
+        for out, said in (
+            (run, "is the folder of a `drift run`"),
+            (run / "iter_1", "is a stage of the `drift run` in"),
+        ):
+            code, _, err = drift(*words, out)
+            assert code == 2 and said in " ".join(err.split()) and "Give --out a directory of its own" in err, err
+    assert sorted(run.rglob("*")) == before
+    code, _, err = drift(*train, run / "iter_1_again")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("given", "why", "way"),
+    [
+        ("pairs/pairs.train.jsonl", "that is a file", True),
+        ("mined", "it holds none", True),
+        (".", "it holds none", False),
+        ("nowhere", "there is none", False),
+    ],
+)
+def test_pairs_are_a_directory(
+    drift: Drift, base: Path, monkeypatch: pytest.MonkeyPatch, given: str, why: str, way: bool
+) -> None:
+    """What is none is said with the way to one, which works."""
+    monkeypatch.chdir(base)
+    (base / "mined").mkdir()
+    write_pairs(base / "mined" / "seed.train.jsonl", 8)
+    words = ("train", "config.yaml", "--model", "model", "--pairs")
+    code, _, err = drift(*words, given, "--out", "out")
+    said = " ".join(err.split())
+    assert (
+        code == 2 and f"--pairs {given}: a directory with pairs.train.jsonl" in said and f"needed, and {why}." in said
+    )
+    command = f"drift data convert {given} --to drift --out DIR"
+    assert (command in said) == way and not (base / "out").exists()
+    if way:
+        assert drift(*command.split()[1:])[0] == 0
+        assert drift(*words, "DIR", "--out", "out")[0] == 0
+
+
+def test_mine_takes_the_words_of_other_commands_for_bad_rows(drift: Drift, base: Path) -> None:
+    """And stop, its own, as before."""
+    words = ("mine", base / "dsat.jsonl", "--format", "messages", "--out", base / "out")
+    ends = [drift(*words, *more) for more in ((), ("--on-bad-row", "error"), ("--on-bad-row", "stop"))]
+    assert ends[0][0] == 2 and "dsat.jsonl:1" in ends[0][2] and ends == [ends[0]] * 3
+    for command in ("mine", "run"):
+        assert "error (default) stops" in " ".join(drift(command, "--help")[1].replace("│", " ").split())
 
 
 def test_sampling_into_a_directory_of_another_model_is_refused(drift: Drift, base: Path) -> None:

@@ -86,7 +86,7 @@ def test_translate_writes_a_config_that_means_the_same(drift: Drift, handbook: P
     [
         (("train", "CONFIG"), "not a handbook file, so --model, --pairs, --out must be given"),
         (("run",), "give a CONFIG"),
-        (("config", "translate", "CONFIG"), "model_name_or_path: this key is required"),
+        (("config", "translate", "CONFIG"), "there is nothing to translate. `drift run "),
     ],
 )
 def test_what_is_missing_is_named(drift: Drift, base: Path, command: tuple[str, ...], message: str) -> None:
@@ -214,3 +214,18 @@ def test_a_handbook_file_is_translated_once(
     resolved("--handbook", handbook, "--set", "mesh.tensor=4")
     resolved(handbook.parent / "config.yaml", "--handbook", handbook)
     assert counts == [4, 2, 8]
+
+
+@pytest.mark.parametrize("words", [("plan", "--devices", 1), ("data", "inspect")], ids=["plan", "inspect"])
+def test_a_handbook_file_is_called_one(drift: Drift, handbook: Path, words: tuple[object, ...]) -> None:
+    code, _, err = drift(*words, handbook)
+    assert code == 2 and "dpo.yaml is a file of alignment-handbook. `drift run --handbook" in " ".join(err.split())
+    assert "unknown key" not in err
+
+
+@pytest.mark.parametrize("words", [("config", "translate"), ("run", "--handbook")], ids=["translate", "run"])
+def test_a_config_of_ours_is_called_one(drift: Drift, base: Path, words: tuple[object, ...]) -> None:
+    code, _, err = drift(*words, base / "config.yaml")
+    said = " ".join(err.split())
+    assert code == 2 and "config.yaml is a config of drift_jax already (it has data, model, recipe, run_dir," in said
+    assert "unknown key" not in said

@@ -86,7 +86,7 @@ def test_directories_that_are_not_ours(drift: Drift, base: Path) -> None:
     lock.release()
     (base / "file").touch()
     code, _, err = drift(*words(base, base / "file"))
-    assert code == 2 and err.startswith("error: cannot write to the directory")
+    assert code == 2 and err.startswith("error: there can be no directory")
     assert drift(*words(base, base / "out"))[0] == 0
     (base / "other").mkdir()
     shutil.copy(base / "out/completions.jsonl", base / "other")

@@ -38,6 +38,15 @@ def test_a_run_is_flat(soak: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+def test_a_model_that_is_not_there_is_one_error(
+    soak: Any, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(base)  # the script goes to the repository
+    monkeypatch.setattr("sys.argv", ["soak.py", "--model", "nope", "--config", str(base / "config.yaml")])
+    assert soak.main() == 2
+    assert "error: no model directory at nope" in capsys.readouterr().err and tempfile.tempdir is None
+
+
 def flat() -> list[Row]:
     row = {"memory_mib": 1000.0, "peak_mib": 1010.0, "open_files": 7, "processes": 1, "threads": 30, "jax_arrays": 0}
     row |= {"iteration_bytes": 100, "iteration_files": 70, "checkpoints": 2, "cache_bytes": 50, "temporary_bytes": 0}

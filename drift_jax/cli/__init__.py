@@ -42,6 +42,11 @@ def _tell(text: str) -> None:
     build_console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
+def _names_a_file(error: OSError) -> bool:
+    """The number of an open file is no name."""
+    return bool(error.filename) and isinstance(error.filename, str | bytes | os.PathLike)
+
+
 def main() -> None:
     """Console entry point."""
     # transformers brings tokenizers and templates here; that torch is missing is no news.
@@ -58,15 +63,15 @@ def main() -> None:
     except Stopped:
         end_stopped()
     except OSError as error:
-        # The user's disk, not our mistake; any other error is shown with where it arose.
-        if error.errno not in STORAGE_ERRORS:
+        # The user's disk or path, not our mistake; any other error is shown with where it arose.
+        if error.errno not in STORAGE_ERRORS and not _names_a_file(error):
             tell_lost_peer(error)
             end_together(1)
-        where = f" {printable(str(error.filename))}" if error.filename else ""
-        _tell(
-            f"the system refuses to read or write{where}: {error.strerror}. What was finished is kept: look at the "
-            "disk, and run the same command again."
-        )
+        where = f" {printable(os.fsdecode(error.filename))}" if _names_a_file(error) else ""
+        remedy = "What was finished is kept: look at the disk, and run the same command again."
+        if error.errno not in STORAGE_ERRORS:
+            remedy = "Look at what is there, or give another path."
+        _tell(f"the system refuses to read or write{where}: {error.strerror or error}. {remedy}")
         end_together(2)
     except Exception as error:
         tell_lost_peer(error)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from drift_jax.cli.options import OnBadRow, OutDir, build_console
+from drift_jax.cli.options import OnBadRow, OutDir, build_console, refuse_handbook
 
 if TYPE_CHECKING:
     from drift_jax.data.inspection import Inspection
@@ -28,6 +28,8 @@ def inspect(
     """Validate a file of ours, every row of it, and say what is in it."""
     from drift_jax.data.inspection import inspect_file
 
+    if file.suffix in (".yaml", ".yml"):
+        refuse_handbook(file)
     _print_inspection(inspect_file(file, on_bad_row or "error"), file, build_console())
 
 

@@ -20,7 +20,7 @@ from drift_jax.cli.evaluate_rows import (
     read_rows,
     refuse_beside_rows,
 )
-from drift_jax.cli.options import Overrides, build_console, resolve
+from drift_jax.cli.options import OptionalOutDir, OutDir, Overrides, build_console, resolve
 from drift_jax.cli.parts import leave_accelerator, prepare_sample
 from drift_jax.cli.processes import across_processes
 from drift_jax.distributed import on_each, on_main
@@ -46,7 +46,6 @@ Config = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--config", help="YAML file of a run: engine, mesh, vllm and judge are taken from it."),
 ]
-Out = Annotated[Optional[Path], typer.Option("--out", help="Directory for the results.")]  # noqa: UP045
 Name = Annotated[Optional[str], typer.Option("--name", help="What the model is called in the results.")]  # noqa: UP045
 Cache = Annotated[
     Optional[Path],  # noqa: UP045
@@ -83,8 +82,10 @@ References = Annotated[
     ),
 ]
 Against = Annotated[
-    Optional[list[Path]],  # noqa: UP045
-    typer.Option("--against", help="Score rows of another model, for Elo-style ratings. Repeatable."),
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--against", metavar="[NAME=]FILE", help="Score rows of another model, for Elo-style ratings. Repeatable."
+    ),
 ]
 LengthPenalty = Annotated[
     int, typer.Option("--length-penalty", metavar="K", help="Characters more that make a slight win a tie; -1: off.")
@@ -112,12 +113,13 @@ def wildbench(
     cache: Cache = None,
     config: Config = None,
     overrides: Overrides = None,
-    out: Out = None,
+    out: OptionalOutDir = None,
 ) -> None:
     """WB-Score, WB-Reward and Elo-style ratings, by upstream's tasks and judge's templates. Run again to resume."""
+    from drift_jax.evaluation import wildbench_inputs as inputs
     from drift_jax.evaluation import wildbench_judge as judging
     from drift_jax.evaluation.settings import WILDBENCH, require_judge
-    from drift_jax.evaluation.wildbench_rows import open_tasks, score_rows
+    from drift_jax.evaluation.wildbench_rows import open_tasks
     from drift_jax.evaluation.wildbench_run import WildBenchJob, run_wildbench
 
     if rows:
@@ -133,10 +135,15 @@ def wildbench(
     for template in (judging.SCORE_TEMPLATE, *((judging.PAIRWISE_TEMPLATE,) if references else ())):
         on_main(lambda template=template: judging.load_template(template, checkout) and None)
     found = on_each(lambda: open_tasks(tasks))
-    others = dict(on_each(lambda reference=reference: _reference(reference)) for reference in references or ())
-    scored = {path.stem: score_rows(read_rows(path)).rows for path in against or ()}
-    label, outputs, drawn, note = _task_outputs(resolved, model, found, out, console)
-    label = name or label
+    opened = [on_each(lambda given=given: inputs.open_reference(given)) for given in references or ()]
+    others = inputs.by_name(opened, "--reference")
+    scored = inputs.by_name(
+        [on_each(lambda given=given: inputs.open_scores(given)) for given in against or ()], "--against"
+    )
+    own = on_each(lambda: judging.load_outputs(Path(model))) if Path(model).is_file() else None
+    label = name or (own[0] if own else _label(model))
+    inputs.refuse_own_name(label, scored)
+    outputs, drawn, note = (own[1], {}, None) if own else _task_answers(resolved, model, found, out, console)
     job = WildBenchJob(
         model=label,
         tasks=found,
@@ -175,7 +182,10 @@ Annotator = Annotated[
 ]
 Gamed = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--df-gamed", help="df_gamed.csv of the hub, for the length-controlled win rate."),
+    typer.Option(
+        "--df-gamed",
+        help="df_gamed.csv of the hub, for the length-controlled win rate; of the prompts of --reference-outputs.",
+    ),
 ]
 
 
@@ -189,7 +199,7 @@ def alpaca_eval(
     name: Name = None,
     config: Config = None,
     overrides: Overrides = None,
-    out: Out = None,
+    out: OptionalOutDir = None,
 ) -> None:
     """AlpacaEval 2: writes model_outputs.json; with --annotate the win rates, by the package. Run again to resume."""
     from drift_jax.evaluation import alpaca_eval as alpaca
@@ -215,22 +225,21 @@ def alpaca_eval(
     note, drawn, outputs_path = None, None, out / "model_outputs.json"
     if Path(model).is_file():
         outputs_path = Path(model)
-        label = name or alpaca.model_of_outputs(on_each(lambda: read_rows(outputs_path)), outputs_path)
+        built = on_each(lambda: read_rows(outputs_path))
+        label = name or alpaca.model_of_outputs(built, outputs_path)
     else:
         label = name or _label(model)
         dialogues = {str(i): [Message("user", prompt["instruction"])] for i, prompt in enumerate(prompts)}
         texts, drawn, note = _answers(resolved, model, dialogues, out, console)
         built = alpaca.build_outputs(prompts, [texts[key] for key in dialogues], label)
         on_main(lambda: write_json(outputs_path, built))
+    left_out = alpaca.match_outputs(built, prompts, str(outputs_path))
     if not annotate:
-        report = Report("AlpacaEval 2", (), [f"outputs: {outputs_path}; --annotate compares them with {baseline}."])
+        notes = [f"outputs: {outputs_path}; --annotate compares them with {baseline}.", *alpaca.say_left_out(left_out)]
+        report = Report("AlpacaEval 2", (), notes, left_out)
     else:
-        report = alpaca.build_report(
-            on_main(lambda: alpaca.annotate(outputs_path, baseline, resolved.judge, annotator, out, gamed)),
-            label,
-            resolved.judge.model,
-            annotator,
-        )
+        rates = on_main(lambda: alpaca.annotate(outputs_path, baseline, resolved.judge, annotator, out, gamed))
+        report = alpaca.build_report(rates | left_out, label, resolved.judge.model, annotator)
     on_main(lambda: _finish(report, out, console, note, drawn))
 
 
@@ -240,7 +249,7 @@ def win_rate(
     prompts: Annotated[
         Path, typer.Option("--prompts", help="JSON or JSONL with prompt (messages or a text) or instruction a row.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Directory for the results.")],
+    out: OutDir,
     judge: Annotated[
         Literal["endpoint", "programmatic"],
         typer.Option(help="Who decides: the model of section judge, or a function (--check)."),
@@ -254,9 +263,10 @@ def win_rate(
     overrides: Overrides = None,
 ) -> None:
     """Win rate of A over B on your own prompts, each judged in both orders. Run again to resume."""
+    from drift_jax.evaluation.entry_points import load_check
     from drift_jax.evaluation.prompts import read_prompts
     from drift_jax.evaluation.settings import WIN_RATE, require_judge
-    from drift_jax.evaluation.win_rate_judges import judge_by_endpoint, judge_by_function, load_check
+    from drift_jax.evaluation.win_rate_judges import judge_by_endpoint, judge_by_function
     from drift_jax.evaluation.win_rate_report import build_win_rate_report
 
     if (judge == "programmatic") != (check is not None):
@@ -337,17 +347,14 @@ def _answers(
     return {name: answer.text for name, answer in answers.by_id.items()}, drawn, "; ".join(said) or None
 
 
-def _task_outputs(
+def _task_answers(
     config: RunConfig, model: str, tasks: list[Task], out: Path, console: Console
-) -> tuple[str, dict[str, str], dict[str, Any], str | None]:
-    """(name of the model, outputs by session id, and what `_answers` says of them), of a file or a model."""
-    from drift_jax.evaluation.wildbench_judge import load_outputs
+) -> tuple[dict[str, str], dict[str, Any], str | None]:
+    """As `_answers`, by session id."""
     from drift_jax.records import Message
 
-    if Path(model).is_file():
-        return *on_each(lambda: load_outputs(Path(model))), {}, None
     dialogues = {t.session_id: [Message(turn["role"], turn["content"]) for turn in t.conversation] for t in tasks}
-    return _label(model), *_answers(config, model, dialogues, out, console)
+    return _answers(config, model, dialogues, out, console)
 
 
 def _outputs(
@@ -360,16 +367,6 @@ def _outputs(
         return on_each(lambda: read_outputs(Path(model), prompts))
     texts, _, note = _answers(config, model, {p.id: list(p.messages) for p in prompts}, out, console)
     return texts, note and f"{_label(model)}: {note}"
-
-
-def _reference(given: str) -> tuple[str, dict[str, str]]:
-    """`NAME=FILE`, `FILE`, or the name of a model that upstream has run."""
-    from drift_jax.evaluation.wildbench_judge import hub_outputs, load_outputs
-
-    name, separator, file = given.partition("=")
-    if separator and Path(file).is_file():
-        return name, load_outputs(Path(file))[1]
-    return load_outputs(Path(given)) if Path(given).is_file() else hub_outputs(given)
 
 
 def _label(model: str) -> str:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from drift_jax.cli.options import OnBadRow, Overrides, build_console, changes_of, resolve
+from drift_jax.cli.options import OnBadRow, Overrides, build_console, changes_of, out_dir, resolve
 from drift_jax.cli.parts import leave_accelerator
 from drift_jax.distributed import on_each, on_main
 from drift_jax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from drift_jax.config import RunConfig
+    from drift_jax.evaluation.coverage_settings import CoverageConfig
     from drift_jax.evaluation.replies import Reply
 
 ConfigOption = Annotated[
@@ -40,7 +43,7 @@ def preference(
     on_bad_row: OnBadRow = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--out", help="Directory for report.json, report.md and the scores of every pair."),
+        out_dir("Directory for report.json, report.md and the scores of every pair."),
     ] = None,
 ) -> None:
     """Implicit reward accuracy and margin, log-probs per token and lengths, on pairs, with intervals."""
@@ -84,7 +87,7 @@ def coverage(
             help="Replies of each method: completions, pairs (the chosen side), outputs; a run's last iteration.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Directory for the report, the map and the points.")],
+    out: Annotated[Path, out_dir("Directory for the report, the map and the points.")],
     settings: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--settings", help="YAML file of the choices below; what each is stands in the README."),
@@ -121,25 +124,34 @@ def coverage(
     files = on_each(lambda: name_sources(sources))
     replies, drops = on_each(lambda: _read_all(files, prompts, chosen.prompts == "common"))
     rewards = _implicit(policy, reference, replies, config) if policy and reference else None
+    on_main(lambda: _write_coverage(out, chosen, files, replies, drops, rewards, console))
 
-    def work() -> None:
-        from drift_jax.evaluation.coverage_run import build_coverage_report, draw_map, write_points
-        from drift_jax.evaluation.figures import draw_coverage
-        from drift_jax.evaluation.page import render_page
-        from drift_jax.evaluation.report import print_report, write_report
-        from drift_jax.files import atomic_writer
 
-        found = draw_map(list(files), replies, chosen, rewards, console)
-        report = build_coverage_report(found, chosen, files, drops)
-        write_report(report, out)
-        write_points(found, out / "points.csv")
-        svg = draw_coverage(found, list(files), out, chosen.projection.upper())
-        with atomic_writer(out / "coverage.html") as file:
-            file.write(render_page(report, svg))
-        print_report(report, console)
-        console.print(f"{out / 'coverage.html'}", markup=False, highlight=False, soft_wrap=True)
+def _write_coverage(
+    out: Path,
+    chosen: CoverageConfig,
+    files: Mapping[str, Path],
+    replies: Sequence[Reply],
+    drops: Mapping[str, Mapping[str, int]],
+    rewards: Callable[[Sequence[Reply]], list[float]] | None,
+    console: Console,
+) -> None:
+    """The report, the map as a page and as a picture, and the points; what was found is shown."""
+    from drift_jax.evaluation.coverage_run import build_coverage_report, draw_map, write_points
+    from drift_jax.evaluation.figures import draw_coverage
+    from drift_jax.evaluation.page import render_page
+    from drift_jax.evaluation.report import print_report, write_report
+    from drift_jax.files import atomic_writer
 
-    on_main(work)
+    found = draw_map(list(files), replies, chosen, rewards, console)
+    report = build_coverage_report(found, chosen, files, drops)
+    write_report(report, out)
+    write_points(found, out / "points.csv")
+    svg = draw_coverage(found, list(files), out, chosen.projection.upper())
+    with atomic_writer(out / "coverage.html") as file:
+        file.write(render_page(report, svg))
+    print_report(report, console)
+    console.print(f"{out / 'coverage.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _read_all(
@@ -187,7 +199,7 @@ def compare(
         list[str],
         typer.Argument(metavar="[NAME=]RUN...", help="Run directories, or folders with reports of drift evaluate."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Directory for compare.md, .csv, .html, .svg and .png.")],
+    out: Annotated[Path, out_dir("Directory for compare.md, .csv, .html, .svg and .png.")],
     metrics: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--metric", help="Show metrics whose name contains this. Repeatable; default: the main ones."),

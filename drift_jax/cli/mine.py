@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from drift_jax.cli.options import OutDir, build_console
+from drift_jax.cli.options import BAD_ROW_HELP, OutDir, build_console
 from drift_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ def mine(
     split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
     revision: Annotated[Optional[str], typer.Option(help="Of a hub dataset: branch, tag or commit.")] = None,  # noqa: UP045
     on_bad_row: Annotated[
-        Literal["stop", "skip"],
-        typer.Option(help="Rows that break the format: stop and list them, or leave them out, counted."),
-    ] = "stop",
+        Literal["error", "skip", "stop"], typer.Option(help=f"{BAD_ROW_HELP} stop is error by another name.")
+    ] = "error",
 ) -> None:
     """Mine logs for replies that users were unhappy with: dsat.jsonl, sat.jsonl, seed pairs, statistics, a page."""
     from drift_jax.cli.parts import leave_accelerator
@@ -92,7 +91,7 @@ def mine(
     if log_format == "wildfeedback":
         subset = subset or "sat_dsat_annotation"
     sources = tuple(find_sources(inputs, subset, split, revision))
-    job = MineJob(sources, log_format, out, on_bad_row, license)
+    job = MineJob(sources, log_format, out, "skip" if on_bad_row == "skip" else "stop", license)
     console = build_console()
     with run_lock(out):
         if log_format in LABELLED:
@@ -155,6 +154,7 @@ def _print_summary(stats: dict[str, Any], out: Path, console: Console) -> None:
     uses = [
         f"data.{name}: {out / file}, data.test_rows: {stats['files'][file]['test_rows']}"
         for name, file in (("dsat", "dsat.jsonl"), ("sat", "sat.jsonl"))
-        if name == "dsat" or stats["files"][file]["rows"]
+        if stats["files"][file]["rows"]
     ]
-    console.print(Text(f"Look at {out / 'mined.html'}; use it with {' or '.join(uses)}"), soft_wrap=True)
+    use = f"; use it with {' or '.join(uses)}" if uses else ""
+    console.print(Text(f"Look at {out / 'mined.html'}{use}"), soft_wrap=True)

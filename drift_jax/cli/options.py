@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 from rich.console import Console
 
 from drift_jax.config import RunConfig
 from drift_jax.errors import ConfigError
-from drift_jax.files import is_address
+from drift_jax.files import is_address, refuse_file_in_path
 from drift_jax.progress import PrintableOnly
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; examples are in configs/.")]
@@ -19,22 +20,48 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads this form on every version)
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the config, such as train.beta=0.2. Repeatable."),
 ]
-OnBadRow = Annotated[
-    Optional[Literal["error", "skip"]],  # noqa: UP045
-    typer.Option(
-        "--on-bad-row", help="What to do with rows that break the format: stop (default) or leave out, counted."
-    ),
-]
+BAD_ROW_HELP = "Rows that break the format: error (default) stops and lists them, skip leaves them out, counted."
+OnBadRow = Annotated[Optional[Literal["error", "skip"]], typer.Option("--on-bad-row", help=BAD_ROW_HELP)]  # noqa: UP045
 ModelDir = Annotated[str, typer.Option("--model", help="Hugging Face model directory or hub id.")]
 
 
-def _refuse_address(path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
-    if path is not None and is_address(path):
-        raise ConfigError(f"--out {path}: that is an address. Mount the bucket and give the mounted path.")
-    return path
+def out_dir(help: str, option: str = "--out") -> Any:
+    """An option for a directory to write into; refused before any work where there can be none."""
+    return typer.Option(option, help=help, parser=_path_of(option, refuse_file_in_path), metavar="PATH")
 
 
-OutDir = Annotated[Path, typer.Option("--out", help="Directory for the results.", callback=_refuse_address)]
+def out_file(help: str, option: str = "--out", metavar: str = "FILE") -> Any:
+    """An option for a file to write; refused before any work where there can be none."""
+
+    def check(path: Path) -> None:
+        if path.is_dir():
+            raise ConfigError(f"{option} {path}: that is a directory. Name a file in it.")
+        refuse_file_in_path(path.parent)
+
+    return typer.Option(option, help=help, parser=_path_of(option, check), metavar=metavar)
+
+
+def in_dir(help: str, option: str) -> Any:
+    """An option for a directory to read."""
+    return typer.Option(option, help=help, parser=_path_of(option), metavar="PATH")
+
+
+def _path_of(option: str, check: Callable[[Path], None] = lambda _: None) -> Callable[[str], Path]:
+    def read(text: str) -> Path:
+        if not text:  # a Path of it would be this directory
+            raise ConfigError(
+                f"{option} is empty, as a shell's variable that is not set. Give a path; . is this directory."
+            )
+        if is_address(text):
+            raise ConfigError(f"{option} {text}: that is an address. Mount the bucket and give the mounted path.")
+        check(Path(text))
+        return Path(text)
+
+    return read
+
+
+OutDir = Annotated[Path, out_dir("Directory for the results.")]
+OptionalOutDir = Annotated[Optional[Path], out_dir("Directory for the results.")]  # noqa: UP045
 
 
 def changes_of(overrides: list[str] | None, on_bad_row: str | None, **keys: object) -> list[str]:

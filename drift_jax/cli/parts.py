@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from drift_jax.errors import DriftError
 from drift_jax.parts import NEXT_PART, Part
@@ -76,6 +76,7 @@ def run_in_parts(given: dict[str, Any]) -> bool:
     return True
 
 
+@final
 class _Relay:
     """Signals that this process got, and the part that they are handed on to."""
 

@@ -12,7 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from drift_jax.cli.options import ConfigFile, Overrides, build_console
+from drift_jax.cli.options import ConfigFile, Overrides, build_console, out_file, refuse_handbook
 from drift_jax.config import RunConfig, apply_override, build_config, read_yaml
 from drift_jax.errors import ConfigError
 from drift_jax.files import atomic_writer
@@ -43,13 +43,11 @@ Search = Annotated[
 MaxCompiles = Annotated[int, typer.Option(min=1, help="With --search: so many train steps are compiled at most.")]
 Write = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(
-        metavar="FILE", help="With --search: CONFIG with the keys of the best one, without CONFIG's comments."
-    ),
+    out_file("With --search: CONFIG with the keys of the best one, without CONFIG's comments.", "--write"),
 ]
 Html = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(metavar="FILE", help="Write a page with bar charts of memory and time."),
+    out_file("Write a page with bar charts of memory and time.", "--html"),
 ]
 
 
@@ -68,6 +66,10 @@ def plan(
     """Compile a run for a slice that need not be there: what fits in a chip, what devices send, how long it takes."""
     if write is not None and not search:
         raise ConfigError("--write writes what --search finds: give both, or neither.")
+    for path in (write, html):  # before anything is compiled
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no directory {path.parent}. Make it first.")
+    refuse_handbook(config)
     raw = read_yaml(config)
     for override in overrides or []:
         apply_override(raw, override)

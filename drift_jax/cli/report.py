@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from drift_jax.cli.options import build_console
+from drift_jax.cli.options import build_console, out_file
 from drift_jax.errors import ConfigError
 from drift_jax.reading import split_name
 
@@ -19,7 +19,7 @@ def report(
     ],
     out: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads this form on every version)
-        typer.Option("--out", metavar="FILE", help="The page. Default: RUN/report.html; needed for several runs."),
+        out_file("The page. Default: RUN/report.html; needed for several runs."),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Write the page again while the runs go on; open pages reload themselves.")
@@ -54,7 +54,7 @@ def card(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run with an exported policy.")],
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--out", metavar="FILE", help="Default: README.md beside the weights of the last stage."),
+        out_file("Default: README.md beside the weights of the last stage."),
     ] = None,
     licence: Annotated[
         Optional[str],  # noqa: UP045

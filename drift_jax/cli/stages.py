@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from drift_jax.cli.options import (
     Overrides,
     build_console,
     changes_of,
+    in_dir,
+    out_dir,
     refuse_handbook,
     resolve,
 )
 from drift_jax.config import RunConfig, load_config
 from drift_jax.distributed import on_each, on_main
-from drift_jax.errors import ConfigError
+from drift_jax.errors import ConfigError, DataError, DriftError, StageError
 from drift_jax.parts import NEXT_PART, Part, PartEnd
 
 
@@ -41,7 +44,7 @@ def run(
         ),
     ] = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Optional[Path], typer.Option(help="Where the run lives; replaces run_dir.")] = None,  # noqa: UP045
+    run_dir: Annotated[Optional[Path], out_dir("Where the run lives; replaces run_dir.", "--run-dir")] = None,  # noqa: UP045
     on_bad_row: OnBadRow = None,
     part: Annotated[Optional[Literal["training", "sampling"]], typer.Option(hidden=True)] = None,  # noqa: UP045
     part_folder: Annotated[Optional[Path], typer.Option(hidden=True)] = None,  # noqa: UP045
@@ -85,6 +88,7 @@ def sample(
     console = build_console()
     model_dir = on_each(lambda: resolve(model, resolved))
     # All that the user can mend is refused before anything is written.
+    _refuse_run(out)
     on_main(lambda: check_choosing(resolved))
     on_main(lambda: open_tokenizer(model_dir, resolved.data.thinking) and None)
     on_main(lambda: check_weights(model_dir))
@@ -110,9 +114,9 @@ def train(
     ] = None,
     pairs: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--pairs", help="Directory with pairs.train.jsonl and pairs.test.jsonl; or as above."),
+        in_dir("Directory with pairs.train.jsonl and pairs.test.jsonl; or as above.", "--pairs"),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Directory for the results; or as above.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], out_dir("Directory for the results; or as above.")] = None,  # noqa: UP045
     reference: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Reference model; default: the model that training starts from."),
@@ -125,6 +129,7 @@ def train(
     from drift_jax.handbook import is_handbook_file, translate_handbook
     from drift_jax.manifest import Manifest
     from drift_jax.models.hf import check_weights
+    from drift_jax.stages.advice import print_advice
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
@@ -137,6 +142,7 @@ def train(
         resolved = translation.build(changes)
         model, out = model or resolved.model.path, out or Path(resolved.run_dir)
         mixed, own = out / "data", translation.mixture
+        _refuse_run(out)
         pairs = pairs or Path(on_main(lambda: str(load_mixture(own, mixed, resolved.data.on_bad_row))))
     elif model is None or pairs is None or out is None:
         given = {"--model": model, "--pairs": pairs, "--out": out}
@@ -144,6 +150,7 @@ def train(
         raise ConfigError(f"{config} is not a handbook file, so {missing} must be given on the command line.")
     else:
         resolved = load_config(config, changes)
+        _refuse_run(out)
     model_dir = on_each(lambda: resolve(model, resolved))
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     for directory in dict.fromkeys((model_dir, reference_dir)):
@@ -151,6 +158,7 @@ def train(
         on_main(lambda directory=directory: check_weights(directory))
     train_pairs, test_pairs = _find_pairs(pairs, resolved.data.on_bad_row, console)
     job = TrainJob(model_dir, reference_dir, train_pairs, test_pairs, out, resolved.train.epochs)
+    print_advice(resolved, console)
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
         keys, inputs = on_main(lambda: export_identity(resolved, manifest, job))
@@ -159,6 +167,29 @@ def train(
             summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
             on_main(lambda: manifest.finish("train", summary))
         console.print_json(data=on_main(lambda: manifest.summary("train")))
+
+
+def _refuse_run(out: Path) -> None:
+    """Raises `StageError` for the folder of a `drift run`, and of a stage of one: runs go on from what is there."""
+    on_main(lambda: _check_no_run(out))
+
+
+def _check_no_run(out: Path) -> None:
+    from drift_jax.manifest import Manifest
+
+    if any("/" in stage for stage in Manifest(out).stages()):
+        raise StageError(
+            f"{out} is the folder of a `drift run`, which goes on from what is there. Give --out a directory of its "
+            "own."
+        )
+    above, stages = out.absolute().parent, []
+    with contextlib.suppress(DriftError):  # a manifest.json there may be anybody's
+        stages = list(Manifest(above).stages())
+    if any(stage.startswith(f"{out.absolute().name}/") for stage in stages):
+        raise StageError(
+            f"{out} is a stage of the `drift run` in {above}, which goes on from what is there. Give --out a directory "
+            "of its own."
+        )
 
 
 def _check_records(config: RunConfig, records: Path, out: Path) -> None:
@@ -175,6 +206,7 @@ def _find_pairs(folder: Path, on_bad_row: Literal["error", "skip"], console: Con
     from drift_jax.records import count_rows, read_pairs
 
     train, test = folder / "pairs.train.jsonl", folder / "pairs.test.jsonl"
+    on_main(lambda: _check_pairs(folder, train))
     is_there = on_main(test.exists)
     held_out = test if is_there and on_main(lambda: count_rows(test)) else None
     if is_there and held_out is None:  # as a pair stage writes it that holds nothing out
@@ -183,6 +215,18 @@ def _find_pairs(folder: Path, on_bad_row: Literal["error", "skip"], console: Con
         check = partial(read_pairs, path, on_bad_row)
         on_main(lambda check=check: check() and None)
     return train, held_out
+
+
+def _check_pairs(folder: Path, train: Path) -> None:
+    """Raises `DataError` where there is no file of pairs to train on, with the way to one."""
+    if train.exists() or train.is_symlink():
+        return
+    why = "it holds none" if folder.is_dir() else "that is a file" if folder.exists() else "there is none"
+    said = f"--pairs {folder}: a directory with {train.name} (and pairs.test.jsonl) is needed, and {why}."
+    others = [folder / name for name in ("seed.train.jsonl", "train.jsonl", "dataset_dict.json", "state.json")]
+    if folder.is_file() or any(path.is_file() for path in others):
+        said += f" `drift data convert {folder} --to drift --out DIR` writes one: give DIR."
+    raise DataError(said)
 
 
 def export(

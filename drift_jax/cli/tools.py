@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from drift_jax.cli.handbook import devices_with_pairs, print_translation
-from drift_jax.cli.options import Overrides, build_console, changes_of
+from drift_jax.cli.options import Overrides, build_console, changes_of, out_file
 
 
 def presets() -> None:
@@ -28,7 +28,7 @@ def translate(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Devices that hold pairs; the file's batch is per device. Default: those found here."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Where to write; default: standard output.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], out_file("Where to write; default: standard output.")] = None,  # noqa: UP045
     overrides: Overrides = None,
 ) -> None:
     """Writes the config that an alignment-handbook file means; the table of keys goes to standard error."""

@@ -89,8 +89,13 @@ def is_handbook_file(path: str | Path) -> bool:
       ConfigError: the file is missing, is not YAML or holds no mapping.
     """
     raw = read_yaml(path)
+    return not KNOWN_KEYS.isdisjoint(raw) and not _own_keys(raw)
+
+
+def _own_keys(raw: Mapping[str, Any]) -> list[str]:
+    """The top-level keys that are those of a CONFIG of ours."""
     ours = {key.partition(".")[0] for key in config_keys()}
-    return not KNOWN_KEYS.isdisjoint(raw) and ours.isdisjoint(raw)
+    return [key for key in raw if key in ours]
 
 
 def translate_handbook(path: str | Path, devices: int) -> Translation:
@@ -105,6 +110,11 @@ def translate_handbook(path: str | Path, devices: int) -> Translation:
     if devices < 1:
         raise ConfigError(f"a batch needs at least one device, found {devices}.")
     raw = read_yaml(path)
+    if KNOWN_KEYS.isdisjoint(raw) and (own := _own_keys(raw)):
+        raise ConfigError(
+            f"{path} is a config of drift_jax already (it has {', '.join(own)}), and no file of alignment-handbook: "
+            f"there is nothing to translate. `drift run {path}` takes it as it is."
+        )
     file = _open(raw, devices, Path(path))
     settings: dict[str, Any] = {}
     rows, problems = [], _conflicts(raw)

@@ -12,6 +12,11 @@ from drift_jax.reading import read_json
 
 SUPPORTED = ("qwen2", "qwen3")
 _LARGEST = 2**31 - 1  # of a size: as large as an index can be
+# Directories that configs/ names and that a checkout lacks at first.
+_MADE_BY = {
+    ".cache/demo_model": "`make quickstart` or `python scripts/get_demo_model.py` fetches this one.",
+    ".cache/tiny_model": "`python scripts/make_tiny_model.py` makes this one.",
+}
 _AGAIN = "Take config.json from the model's own repository again."
 
 
@@ -50,6 +55,11 @@ PAD_EMBEDDINGS: Mapping[str, Callable[[QwenConfig], QwenConfig]] = {
     "trained": lambda config: replace(config, pad_trains=True),
     "frozen": lambda config: replace(config, pad_trains=False),
 }
+
+
+def how_to_get(path: str) -> str | None:
+    """The command that makes a model directory, of those that configs/ names."""
+    return _MADE_BY.get("/".join(Path(path).parts[-2:]))
 
 
 def load_hf_config(model_dir: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drift_jax.errors import ModelError
-from drift_jax.models.architecture import load_hf_config
+from drift_jax.models.architecture import how_to_get, load_hf_config
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
@@ -77,9 +77,10 @@ def find_architecture(path: str, revision: str | None = None) -> dict[str, Any]:
     if known and known[1] in ARCHITECTURES:
         return ARCHITECTURES[known[1]]
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        how = how_to_get(path)
         raise ModelError(
-            f"no model directory at {path}. Give one with a config.json, a hub id (org/name), or the name of a known "
-            f"model: {', '.join(ARCHITECTURES)}."
+            f"no model directory at {path}. {how + ' Or give' if how else 'Give'} one with a config.json, a hub id "
+            f"(org/name), or the name of a known model: {', '.join(ARCHITECTURES)}."
         )
     from huggingface_hub import hf_hub_download
 

@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from drift_jax.evaluation.compare import build_compare_report, choose_metrics
 from drift_jax.evaluation.figures import has_matplotlib
-from drift_jax.files import atomic_writer
+from drift_jax.files import atomic_writer, refuse_file_in_path
 from drift_jax.report.numbers import (
     drops_section,
     hashes_section,
@@ -53,6 +53,7 @@ def write_page(runs: Sequence[Run], out: Path, refresh_s: float | None = None) -
       StageError: `out` cannot be written.
     """
     text = render_page(runs, refresh_s)
+    refuse_file_in_path(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(out) as file:
         file.write(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.cli_runs import Drift, drift  # noqa: F401
@@ -48,5 +49,7 @@ def test_broken_rows_beside_records_of_one_kind(drift: Drift, tmp_path: Path) ->
 
 def test_no_complaint_among_sound_rows_is_no_error(drift: Drift, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "wf.jsonl", [user(0, "a"), agent(1, "b"), user(2, "c")])
-    stats = mine(drift, path, "--out", tmp_path / "out")
+    code, out, err = drift("mine", path, "--out", tmp_path / "out", "--format", "wildfeedback")
+    assert code == 0 and "mined.html" in out and "use it with" not in out, err
+    stats = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert stats["rows"]["bad"] == 0 and not sum(file["rows"] for file in stats["files"].values())
