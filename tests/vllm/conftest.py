@@ -21,6 +21,8 @@ from drift_jax.sampling.vllm import Served
 from tests.tiny_pairs import build_tiny_policy
 
 PYTHON = os.environ.get("DRIFT_VLLM_PYTHON")
+# Several servers are there at once, beside other tests: threads that do not spin, and 1 GiB for keys and values.
+OWN_ENV = {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_KVCACHE_SPACE": "1"}
 HERE = Path(__file__).parent
 QUIET = Console(file=io.StringIO(), width=200)
 
@@ -43,7 +45,7 @@ def make_config(model: Path, **sections: dict[str, Any]) -> RunConfig:
             "max_input_length": 192,
             "max_new_tokens": 12,
         },
-        "vllm": {"python": PYTHON, "device": "cpu", "env": {"VLLM_SERVER_DEV_MODE": "1", "OMP_WAIT_POLICY": "passive"}},
+        "vllm": {"python": PYTHON, "device": "cpu", "env": {"VLLM_SERVER_DEV_MODE": "1"} | OWN_ENV},
     }
     for name, keys in sections.items():
         raw[name] = raw.get(name, {}) | keys

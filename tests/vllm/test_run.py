@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PYTHON
+from conftest import OWN_ENV, PYTHON
 
 from drift_jax.manifest import Manifest
 from drift_jax.sampling import supervise
@@ -46,7 +46,7 @@ def config(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "compute_dtype": "float32",
         },
         "train": {"batch_size": 8, "max_steps": 1},
-        "vllm": {"python": PYTHON, "device": "cpu", "concurrency": 8, "env": {"OMP_WAIT_POLICY": "passive"}},
+        "vllm": {"python": PYTHON, "device": "cpu", "concurrency": 8, "env": OWN_ENV},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
