@@ -135,11 +135,8 @@ def wildbench(
     for template in (judging.SCORE_TEMPLATE, *((judging.PAIRWISE_TEMPLATE,) if references else ())):
         on_main(lambda template=template: judging.load_template(template, checkout) and None)
     found = on_each(lambda: open_tasks(tasks))
-    opened = [on_each(lambda given=given: inputs.open_reference(given)) for given in references or ()]
-    others = inputs.by_name(opened, "--reference")
-    scored = inputs.by_name(
-        [on_each(lambda given=given: inputs.open_scores(given)) for given in against or ()], "--against"
-    )
+    others = inputs.open_all(references, inputs.open_reference, "--reference")
+    scored = inputs.open_all(against, inputs.open_scores, "--against")
     own = on_each(lambda: judging.load_outputs(Path(model))) if Path(model).is_file() else None
     label = name or (own[0] if own else _label(model))
     inputs.refuse_own_name(label, scored)

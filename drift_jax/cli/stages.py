@@ -77,9 +77,8 @@ def sample(
 ) -> None:
     """Samples replies for logged records, by `recipe.method`, and writes pairs.train.jsonl and pairs.test.jsonl."""
     from drift_jax.manifest import Manifest
-    from drift_jax.models.hf import check_weights
     from drift_jax.stages.identity import sample_identity, sampling_job
-    from drift_jax.stages.inputs import open_tokenizer, run_lock
+    from drift_jax.stages.inputs import run_lock
     from drift_jax.stages.pair import check_choosing, pair_stage
     from drift_jax.stages.sample import sample_stage
 
@@ -90,8 +89,7 @@ def sample(
     # All that the user can mend is refused before anything is written.
     _refuse_run(out)
     on_main(lambda: check_choosing(resolved))
-    on_main(lambda: open_tokenizer(model_dir, resolved.data.thinking) and None)
-    on_main(lambda: check_weights(model_dir))
+    _check_model(model_dir, resolved)
     on_main(lambda: _check_records(resolved, input, out))
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
@@ -128,12 +126,11 @@ def train(
     from drift_jax.data.mixer import load_mixture
     from drift_jax.handbook import is_handbook_file, translate_handbook
     from drift_jax.manifest import Manifest
-    from drift_jax.models.hf import check_weights
     from drift_jax.stages.advice import print_advice
     from drift_jax.stages.dpo import TrainJob, train_stage
     from drift_jax.stages.export import export_stage
     from drift_jax.stages.identity import export_identity
-    from drift_jax.stages.inputs import open_tokenizer, run_lock
+    from drift_jax.stages.inputs import run_lock
 
     changes, console = changes_of(overrides, on_bad_row), build_console()
     if is_handbook_file(config):
@@ -154,8 +151,7 @@ def train(
     model_dir = on_each(lambda: resolve(model, resolved))
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
     for directory in dict.fromkeys((model_dir, reference_dir)):
-        on_main(lambda directory=directory: open_tokenizer(directory, resolved.data.thinking) and None)
-        on_main(lambda directory=directory: check_weights(directory))
+        _check_model(directory, resolved)
     train_pairs, test_pairs = _find_pairs(pairs, resolved.data.on_bad_row, console)
     job = TrainJob(model_dir, reference_dir, train_pairs, test_pairs, out, resolved.train.epochs)
     print_advice(resolved, console)
@@ -167,6 +163,15 @@ def train(
             summary |= export_stage(resolved, out / "checkpoints", model_dir, out / "hf", console)
             on_main(lambda: manifest.finish("train", summary))
         console.print_json(data=on_main(lambda: manifest.summary("train")))
+
+
+def _check_model(directory: Path, config: RunConfig) -> None:
+    """Raises `DriftError` where its tokenizer, its template or its weights cannot be used."""
+    from drift_jax.models.hf import check_weights
+    from drift_jax.stages.inputs import open_tokenizer
+
+    on_main(lambda: open_tokenizer(directory, config.data.thinking) and None)
+    on_main(lambda: check_weights(directory))
 
 
 def _refuse_run(out: Path) -> None:

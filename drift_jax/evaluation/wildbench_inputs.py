@@ -5,10 +5,11 @@ Results and their files go by names, so no two may be alike: one of them would b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from drift_jax.distributed import on_each
 from drift_jax.errors import ConfigError, StageError
 from drift_jax.evaluation.json_rows import read_json
 from drift_jax.evaluation.wildbench import REFERENCES, ScoreRow
@@ -41,6 +42,11 @@ def _split(given: str) -> tuple[str, Path]:
     """A path may hold a `=` of its own."""
     name, separator, file = given.partition("=")
     return (name, Path(file)) if separator and Path(file).is_file() else ("", Path(given))
+
+
+def open_all(given: Sequence[str] | None, opens: Callable[[str], tuple[str, T]], option: str) -> dict[str, T]:
+    """What an option that may be repeated names, opened on every process. Raises as `opens` and `by_name` do."""
+    return by_name([on_each(lambda one=one: opens(one)) for one in given or ()], option)
 
 
 def by_name(found: Iterable[tuple[str, T]], option: str) -> dict[str, T]:

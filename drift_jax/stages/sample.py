@@ -61,9 +61,7 @@ def sample_stage(
     all_refused = _of_all(refused, per_host)
     on_each(lambda: report_refused(all_refused, config))
     cuts = _of_all(cut_tokens, per_host)
-    if any(cuts):
-        what = f"{sum(cut > 0 for cut in cuts)} of {len(cuts)} sampling prompts lose their beginning"
-        console.print(f"{what}, {sum(cuts)} tokens: sampling.max_input_length is {config.sampling.max_input_length}")
+    _say_cuts(cuts, config, console)
     params = SamplingParams.from_config(config.sampling, tokenizer.eos_ids, tokenizer.vocab_size)
     with (
         on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,
@@ -97,6 +95,12 @@ def sample_stage(
         "prompt_tokens_cut": sum(cuts),
         "drops": {"bad row": split.skipped, "not encodable": len(_of_all(refused, per_host))},
     }
+
+
+def _say_cuts(cuts: Sequence[int], config: RunConfig, console: Console) -> None:
+    if any(cuts):
+        what = f"{sum(cut > 0 for cut in cuts)} of {len(cuts)} sampling prompts lose their beginning"
+        console.print(f"{what}, {sum(cuts)} tokens: sampling.max_input_length is {config.sampling.max_input_length}")
 
 
 def _of_all(mine: list[Any], per_host: bool) -> list[Any]:
