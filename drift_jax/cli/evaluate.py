@@ -155,12 +155,8 @@ def wildbench(
         strict=strict,
         cache=cache,
     )
-
-    def work() -> None:
-        _write_json(out / "model_outputs.json", judging.output_rows(found, outputs, label, drawn))
-        _finish(run_wildbench(job, console), out, console, note, drawn)
-
-    on_main(work)
+    on_main(lambda: _write_json(out / "model_outputs.json", judging.output_rows(found, outputs, label, drawn)))
+    on_main(lambda: _finish(run_wildbench(job, console), out, console, note, drawn))
 
 
 Baseline = Annotated[

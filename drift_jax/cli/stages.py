@@ -89,7 +89,7 @@ def sample(
     # All that the user can mend is refused before anything is written.
     _refuse_run(out)
     on_main(lambda: check_choosing(resolved))
-    _check_model(model_dir, resolved)
+    _check_models([model_dir], resolved)
     on_main(lambda: _check_records(resolved, input, out))
     with run_lock(out):
         manifest = on_each(lambda: Manifest(out))
@@ -150,8 +150,7 @@ def train(
         _refuse_run(out)
     model_dir = on_each(lambda: resolve(model, resolved))
     reference_dir = on_each(lambda: resolve(reference, resolved)) if reference else model_dir
-    for directory in dict.fromkeys((model_dir, reference_dir)):
-        _check_model(directory, resolved)
+    _check_models([model_dir, reference_dir], resolved)
     train_pairs, test_pairs = _find_pairs(pairs, resolved.data.on_bad_row, console)
     job = TrainJob(model_dir, reference_dir, train_pairs, test_pairs, out, resolved.train.epochs)
     print_advice(resolved, console)
@@ -165,13 +164,14 @@ def train(
         console.print_json(data=on_main(lambda: manifest.summary("train")))
 
 
-def _check_model(directory: Path, config: RunConfig) -> None:
-    """Raises `DriftError` where its tokenizer, its template or its weights cannot be used."""
+def _check_models(directories: list[Path], config: RunConfig) -> None:
+    """Raises `DriftError` where a tokenizer, a template or weights cannot be used."""
     from drift_jax.models.hf import check_weights
     from drift_jax.stages.inputs import open_tokenizer
 
-    on_main(lambda: open_tokenizer(directory, config.data.thinking) and None)
-    on_main(lambda: check_weights(directory))
+    for directory in dict.fromkeys(directories):
+        on_main(lambda directory=directory: open_tokenizer(directory, config.data.thinking) and None)
+        on_main(lambda directory=directory: check_weights(directory))
 
 
 def _refuse_run(out: Path) -> None:

@@ -60,8 +60,7 @@ def sample_stage(
     requests, cut_tokens, refused = _build_requests(config, mine, tokenizer)
     all_refused = _of_all(refused, per_host)
     on_each(lambda: report_refused(all_refused, config))
-    cuts = _of_all(cut_tokens, per_host)
-    _say_cuts(cuts, config, console)
+    cuts = _all_cuts(cut_tokens, per_host, config, console)
     params = SamplingParams.from_config(config.sampling, tokenizer.eos_ids, tokenizer.vocab_size)
     with (
         on_each(lambda: open_journals(out_dir, jax.process_count() if per_host else 1)) as journals,
@@ -97,10 +96,13 @@ def sample_stage(
     }
 
 
-def _say_cuts(cuts: Sequence[int], config: RunConfig, console: Console) -> None:
+def _all_cuts(mine: list[int], per_host: bool, config: RunConfig, console: Console) -> list[int]:
+    """Tokens cut from each prompt, of all hosts; says it where there are any."""
+    cuts = _of_all(mine, per_host)
     if any(cuts):
         what = f"{sum(cut > 0 for cut in cuts)} of {len(cuts)} sampling prompts lose their beginning"
         console.print(f"{what}, {sum(cuts)} tokens: sampling.max_input_length is {config.sampling.max_input_length}")
+    return cuts
 
 
 def _of_all(mine: list[Any], per_host: bool) -> list[Any]:
