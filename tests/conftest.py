@@ -15,14 +15,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # torch's threads wait for each other by spinning: beside another worker two of them are slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if "JAX_PLATFORMS" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
+if (
+    "JAX_PLATFORMS" not in os.environ
+    and "PYTEST_XDIST_WORKER" not in os.environ
+    and Version(metadata.version("jaxlib")) < Version("0.11")
+):
     # Most of the time was that of LLVM and of the emitter of fusions. Sharding, collectives and products of a program
     # are the same without; the fusions are others, and a scatter becomes a loop. Also in the commands that tests
-    # start. What XLA_FLAGS says already is said last, and JAX_PLATFORMS=cpu leaves all as users have it.
+    # start. What XLA_FLAGS says already is said last, and JAX_PLATFORMS=cpu leaves all as users have it. Later versions
+    # have no such emitter to turn off (the process ends at the flag), and at level 0 last bits depend on the mesh.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    quick += " --xla_cpu_parallel_codegen_split_count=1"
-    if Version(metadata.version("jaxlib")) < Version("0.11"):  # others end the process: they know no such flag
-        quick += " --xla_cpu_use_fusion_emitters=false"
+    quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax

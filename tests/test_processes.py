@@ -27,12 +27,13 @@ SAME = 1e-5
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """configs/debug.yaml with its model and data by absolute path."""
+    """configs/debug.yaml with its model and data by absolute path, and less to sample."""
     folder = tmp_path_factory.mktemp("processes")
     script, model = REPO / "scripts" / "make_tiny_model.py", folder / "model"
     subprocess.run([sys.executable, script, "--out", model], check=True, cwd=REPO, capture_output=True)
     values = yaml.safe_load(DEBUG.read_text())
     values["model"]["path"] = str(model)
+    values["data"]["test_rows"] = 8
     for key in ("dsat", "seed_train", "seed_test"):
         values["data"][key] = str(REPO / values["data"][key])
     path = folder / "debug.yaml"

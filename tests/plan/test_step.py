@@ -149,7 +149,9 @@ def test_7b_step_for_sixteen_tpu_chips(tmp_path: Path) -> None:
     text, words = tmp_path / "step.txt", ["--set", "train.accumulation_steps=2", "--hlo", tmp_path / "step.txt"]
     words = [REPO / "scripts" / "bench_memory.py", "--model", "qwen2.5-7b", "--topology", "v5e:4x4", *words]
     row = json.loads(run_with_tpu_compiler(words, 600))
-    assert row["fits"] and row["hbm_gib_per_chip"] == pytest.approx(8.75, abs=0.1)
+    # Each jax brings a TPU compiler of its own.
+    expected = 8.66 if jax.__version_info__ < (0, 11) else 9.01
+    assert row["fits"] and row["hbm_gib_per_chip"] == pytest.approx(expected, abs=0.05)
     assert row["mesh"] == {axis: 16 if axis == "fsdp" else 1 for axis in row["mesh"]}
     assert sum(row["parts"].values()) == pytest.approx(row["hbm_gib_per_chip"], abs=0.01)
     assert row["bound_step_s"] < row["estimated_step_s"] < 5 * row["bound_step_s"]
