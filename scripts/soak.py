@@ -58,6 +58,7 @@ def main() -> int:
         changes = [f"recipe.iterations={args.iterations}", f"model.path={args.model}", *args.set]
         temporary = Path(folder) / "tmp"
         temporary.mkdir()
+        before = os.environ.get("TMPDIR")
         tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)  # ours and that of children
         try:
             config = load_config(args.config, [*changes, f"run_dir={Path(folder) / 'run'}"])
@@ -65,8 +66,11 @@ def main() -> int:
         except DriftError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        finally:
+        finally:  # whoever goes on in this process needs a directory that is there
             tempfile.tempdir = None
+            os.environ.pop("TMPDIR")
+            if before is not None:
+                os.environ["TMPDIR"] = before
     problems = judge(figures, args.slack)
     print(json.dumps({"iterations": figures, "flat": not problems, "problems": problems}))
     return 1 if problems else 0

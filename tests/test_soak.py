@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_a_model_that_is_not_there_is_one_error(
     monkeypatch.setattr("sys.argv", ["soak.py", "--model", "nope", "--config", str(base / "config.yaml")])
     assert soak.main() == 2
     assert "error: no model directory at nope" in capsys.readouterr().err and tempfile.tempdir is None
+    assert Path(os.environ.get("TMPDIR", "/")).is_dir(), "the directory of the script is gone"
 
 
 def flat() -> list[Row]:
