@@ -135,9 +135,7 @@ class _Stage:
         self.steps = steps
         self.console = console
         self.warnings: list[str] = []
-        self.changed: dict[
-            str, float
-        ] = {}  # how many parameters the update at hand has changed, where that is looked at
+        self.changed: dict[str, float] = {}  # of the update at hand: `params_changed`, where it is looked at
         self.probe = None
         if config.theory.every is not None:
             self.probe = Probe(config, trainer, train.pairs, job.out_dir, job.earlier, console)
@@ -154,7 +152,8 @@ class _Stage:
         job, every = self.job, self.train + self.test
         path = job.out_dir / "ref_logps.npz"
         ref, params = share_ref_logps(path, every), None
-        cache = None if ref is not None else self._cache(every)
+        loader = build_loader(self.config, self.trainer, self.train)  # plans its shapes once, where that is needed
+        cache = self._cache(loader, every) if ref is None else None
         if cache is not None and on_main(lambda: cache.fetch(path)):
             ref = share_ref_logps(path, every)
             found = f"reference log-probs: those of an earlier run, {cache.path}"
@@ -164,7 +163,7 @@ class _Stage:
             # First: whoever finds the file does not open the reference again.
             if self.probe is not None and not self.probe.has_reference:
                 self.probe.refer(params)
-            ref = self._reference(params)
+            ref = self._reference(params, loader)
             if cache is not None:
                 on_main(lambda: cache.store(path))
             # The reference is dropped here, unless it is the policy itself.
@@ -268,10 +267,9 @@ class _Stage:
         for message in watch.update(step, numbers):
             self.warn(message)
 
-    def _reference(self, params: Any) -> RefLogps:
+    def _reference(self, params: Any, loader: PairLoader) -> RefLogps:
         """Of the pairs to train on, in the batches of the first epoch, then of the held-out ones."""
         every, count = self.train + self.test, len(self.train)
-        loader = build_loader(self.config, self.trainer, self.train)
         with RefJournal(self.job.out_dir, every) as journal:
             with stage_progress("reference log-probs", count, "pairs", console=self.console) as bar:
                 self.trainer.score_pairs(params, loader, bar.advance, True, journal.part(0, count))
@@ -282,14 +280,13 @@ class _Stage:
                 )
             return journal.finish()
 
-    def _cache(self, pairs: list[TokenizedPair]) -> ReferenceCache | None:
+    def _cache(self, loader: PairLoader, pairs: list[TokenizedPair]) -> ReferenceCache | None:
         """Where other runs may have left the log-probs of this pass; None: nowhere."""
         job, directory = self.job, self.config.train.reference_cache
         # The theory's own pairs want the reference in memory, which nothing else of the stage opens then.
         apart = self.probe is not None and not self.probe.has_reference and job.reference_dir != job.model_dir
         if directory is None or apart:
             return None
-        loader = build_loader(self.config, self.trainer, self.train)
         model_hash = self.reference_hash or on_main(lambda: Manifest(job.out_dir).model_hash(job.reference_dir))
         key = reference_key(self.config, self.trainer, loader, self.test, model_hash)
         return ReferenceCache(Path(directory), key, pairs, self.warn)
@@ -334,10 +331,8 @@ class _Report:
             "epoch": update.step / self.loader.steps_per_epoch,
             "tokens_per_second": self.timer.tokens_per_second,
         }
-        last = update.step == self.stage.steps
-        wanted = (
-            update.evaluation or last or self.stage.changed or update.step % self.stage.config.tracking.log_every == 0
-        )
+        last, every = update.step == self.stage.steps, self.stage.config.tracking.log_every
+        wanted = update.evaluation or self.stage.changed or last or update.step % every == 0
         if wanted or not is_finite:
             self.writer.write(update.step, numbers | row | update.evaluation)
         self.stage.changed = {}
